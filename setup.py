@@ -1,0 +1,233 @@
+"""Compiles torch_paged/_C.so and, where nvcc is found, torch_paged/_cuda.so with ninja, in build/native."""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _build import OLDEST_TORCH, TESTED_TORCH, find_torch
+
+ROOT = Path(__file__).parent.resolve()
+BUILD = ROOT / "build" / "native"
+
+# The stable ABI of torch 2.11: one library loads on every later torch and on any Python.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+CUDA_ARCHITECTURES = "80;90a;100;120"
+INSTRUCTION_SETS = {"baseline": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    wide = "-march=x86-64-v4 -mprefer-vector-width=512"
+    INSTRUCTION_SETS |= {"avx2": "-march=x86-64-v3", "avx512": wide, "avx512bf16": f"{wide} -mavx512bf16"}
+
+
+@dataclass
+class NinjaFile:
+    """The text of a build.ninja, and the libraries it makes."""
+
+    text: str
+    libraries: list[str] = field(default_factory=list)
+
+    def rule(self, name: str, command: str, depfile: bool = False) -> None:
+        self.text += f"rule {name}\n  command = {command}\n  description = {name} $out\n"
+        if depfile:
+            self.text += "  depfile = $out.d\n  deps = gcc\n"
+
+    def library(self, name: str, objects: list[tuple[str, Path, str]], compile_rule: str, link_rule: str) -> None:
+        for target, source, flags in objects:
+            self.text += f"build {target}: {compile_rule} {_escape(source)}\n  flags = {flags}\n"
+        self.text += f"build {name}: {link_rule} {' '.join(target for target, _, _ in objects)}\n"
+        self.libraries.append(name)
+
+
+class BuildNative(build_ext):
+    """Writes build.ninja, runs it, and puts the libraries and a note of what they hold into the package."""
+
+    def run(self) -> None:
+        torch = _require_torch()
+        compiler = _require_compiler()
+        ninja = _require_ninja()
+        nvcc = _find_nvcc()
+        architectures = _cuda_architectures(nvcc) if nvcc else []
+
+        file = _cpu_part(torch, compiler)
+        if architectures:
+            _cuda_part(file, torch, nvcc, architectures)
+        _write_if_changed(BUILD / "build.ninja", file.text)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        if subprocess.call([*ninja, "-C", str(BUILD), *jobs]):
+            raise SystemExit(
+                "torch_paged: the compiler stopped at the error above"
+                + ("; to build without the CUDA kernels, set TORCH_PAGED_CUDA_ARCHS=none" if architectures else "")
+            )
+        info = {
+            "cpu_instruction_sets": list(INSTRUCTION_SETS),
+            "cuda_architectures": architectures,
+            "compiler": _first_line([compiler[0], "--version"]),
+            "nvcc": _first_line([nvcc, "--version"], last=True) if architectures else None,
+        }
+        self._install(file.libraries, info)
+
+    def _install(self, libraries: list[str], info: dict) -> None:
+        package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "torch_paged"
+        package.mkdir(parents=True, exist_ok=True)
+        for stale in {"_C.so", "_cuda.so"} - set(libraries):
+            (package / stale).unlink(missing_ok=True)
+        for name in libraries:
+            if not _same_file(BUILD / name, package / name):
+                # A new inode: a process that has the old library mapped keeps running on it.
+                shutil.copy2(BUILD / name, package / (name + ".new"))
+                os.replace(package / (name + ".new"), package / name)
+        _write_if_changed(package / "_build_info.json", json.dumps(info, indent=2) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>: the libraries do not use Python's C API."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def _cpu_part(torch: Path, compiler: list[str]) -> NinjaFile:
+    cpu = ROOT / "csrc" / "cpu"
+    sources = sorted(cpu.glob("*.cpp"))
+    if not sources:
+        raise SystemExit(f"torch_paged: no C++ sources in {cpu}; the checkout is incomplete, clone it again")
+    objects = [(f"cpu/{source.stem}.o", source, "") for source in sources]
+    for source in sorted((cpu / "isa").glob("*.cpp")):
+        for name, flags in INSTRUCTION_SETS.items():
+            objects.append((f"cpu/{source.stem}.{name}.o", source, f"{flags} -DPAGED_ISA={name}"))
+
+    file = NinjaFile("ninja_required_version = 1.5\n")
+    # No -ffast-math: it would break NaN and -inf, which masking and empty rows rely on.
+    flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -fno-math-errno -fno-trapping-math"
+    command = f"{shlex.join(compiler)} {flags} {_torch_flags(torch)} $flags -MMD -MF $out.d -c $in -o $out"
+    file.rule("cxx", command, depfile=True)
+    file.rule("link", f"{shlex.join(compiler)} -shared $in {_link_torch(torch, '-Wl,')} -o $out")
+    file.library("_C.so", objects, "cxx", "link")
+    return file
+
+
+def _cuda_part(file: NinjaFile, torch: Path, nvcc: str, architectures: list[str]) -> None:
+    cuda = ROOT / "csrc" / "cuda"
+    sources = sorted([*cuda.glob("*.cu"), *cuda.glob("*.cpp")])
+    if not sources:
+        raise SystemExit(f"torch_paged: no CUDA sources in {cuda}; the checkout is incomplete, clone it again")
+    targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
+    # PTX of the last one lets later GPUs run it too.
+    targets.append(f"-gencode arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    command = (
+        f"{shlex.quote(nvcc)} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {' '.join(targets)} "
+        f"{_torch_flags(torch)} -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
+    )
+    file.rule("nvcc", command, depfile=True)
+    link = f"{shlex.quote(nvcc)} -shared -cudart static $in {_link_torch(torch, '-Xlinker ')} -o $out"
+    file.rule("nvlink", link)
+    file.library("_cuda.so", [(f"cuda/{s.name}.o", s, "") for s in sources], "nvcc", "nvlink")
+
+
+def _torch_flags(torch: Path) -> str:
+    return f"-isystem {shlex.quote(str(torch / 'include'))} {TORCH_TARGET}"
+
+
+def _link_torch(torch: Path, linker_prefix: str) -> str:
+    # --no-as-needed: libtorch.so defines none of the symbols itself, it only pulls in the libraries that do.
+    return f"-L{shlex.quote(str(torch / 'lib'))} {linker_prefix}--no-as-needed -ltorch"
+
+
+def _require_torch() -> Path:
+    torch = find_torch()
+    if torch is None:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(
+            f"torch_paged: no torch {oldest} or newer to build against in {sys.prefix}; "
+            f"run `pip install {TESTED_TORCH}` first, or install without --no-build-isolation"
+        )
+    return torch
+
+
+def _require_compiler() -> list[str]:
+    """Return the C++ compiler's command after a look whether it knows every instruction set's flags."""
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(command[0]) is None:
+        raise SystemExit(
+            f"torch_paged: C++ compiler not found: {command[0]}; "
+            "install GCC 11+ or Clang 12+ (Debian, Ubuntu: `apt-get install g++`), or name one in CXX"
+        )
+    BUILD.mkdir(parents=True, exist_ok=True)
+    for flags in INSTRUCTION_SETS.values():
+        probe = [*command, *flags.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", os.devnull]
+        if subprocess.run(probe, capture_output=True).returncode:
+            raise SystemExit(
+                f"torch_paged: {shlex.join(command)} does not compile C++17 with `{flags}`; "
+                "install GCC 11+ or Clang 12+, or name one in CXX"
+            )
+    return command
+
+
+def _require_ninja() -> list[str]:
+    if find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    if path := shutil.which("ninja"):
+        return [path]
+    raise SystemExit(
+        "torch_paged: ninja not found; run `pip install ninja` first, or install without --no-build-isolation"
+    )
+
+
+def _find_nvcc() -> str | None:
+    if os.environ.get("TORCH_PAGED_CUDA_ARCHS") == "none":
+        print("torch_paged: TORCH_PAGED_CUDA_ARCHS=none: building for the CPU alone")
+        return None
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    if nvcc is None:
+        print("torch_paged: nvcc not found on PATH or in CUDA_HOME: building for the CPU alone")
+    return nvcc
+
+
+def _cuda_architectures(nvcc: str) -> list[str]:
+    """Return the architectures asked for, or those of the default list that this nvcc knows."""
+    if asked := os.environ.get("TORCH_PAGED_CUDA_ARCHS"):
+        return [a.strip() for a in asked.replace(",", ";").split(";") if a.strip()]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [a for a in CUDA_ARCHITECTURES.split(";") if f"sm_{a.rstrip('a')}" in known]
+
+
+def _first_line(command: list[str], last: bool = False) -> str:
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+    return lines[-1 if last else 0] if lines else ""
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _same_file(left: Path, right: Path) -> bool:
+    if not right.exists():
+        return False
+    a, b = left.stat(), right.stat()
+    return (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
+
+
+setup(
+    ext_modules=[Extension("torch_paged._C", [])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+)
