@@ -13,7 +13,7 @@ TESTED_TORCH = "torch==2.13.0"
 
 
 def find_torch() -> Path | None:
-    """Return the first torch whose headers fit: of this interpreter, or of the environment that the package goes into."""
+    """Return the first torch whose headers fit, of this interpreter or of the environment it installs into."""
     for entry in [*sys.path, sysconfig.get_path("purelib")]:
         torch = Path(entry) / "torch"
         if (torch / "include/torch/csrc/stable/library.h").exists() and _version(torch) >= OLDEST_TORCH:
