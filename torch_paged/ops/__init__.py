@@ -1,0 +1,25 @@
+"""Custom ops over a paged KV cache, `torch.ops.paged.*`, with documented wrappers that raise ValueError."""
+
+from torch_paged.ops._library import load_kernels
+from torch_paged.ops.attention import attention
+from torch_paged.ops.attention_with_lse import attention_with_lse
+from torch_paged.ops.cache_layout import cache_view, empty_cache
+from torch_paged.ops.copy_blocks import copy_blocks
+from torch_paged.ops.gather_cache import gather_cache
+from torch_paged.ops.merge_attention_states import merge_attention_states
+from torch_paged.ops.reshape_and_cache import reshape_and_cache
+from torch_paged.ops.swap_blocks import swap_blocks
+
+load_kernels()
+
+__all__ = [
+    "attention",
+    "attention_with_lse",
+    "cache_view",
+    "copy_blocks",
+    "empty_cache",
+    "gather_cache",
+    "merge_attention_states",
+    "reshape_and_cache",
+    "swap_blocks",
+]
