@@ -137,7 +137,7 @@ inline void check_not_expanded(const Arg& arg) {
 // True where each token's head vector is contiguous; otherwise a K page is kept transposed, with token stride 1.
 inline bool is_token_major(const Arg& cache) { return !strides_matter(cache, 3) || cache.stride(3) == 1; }
 
-// One layer's key and value cache, `[num_blocks, block_size, num_kv_heads, head_dim]`, in one of the two stride families.
+// One layer's caches, `[num_blocks, block_size, num_kv_heads, head_dim]`, in one of the two stride families.
 inline void check_caches(const Arg& key_cache, const Arg& value_cache) {
   check_dim(key_cache, 4, "[num_blocks, block_size, num_kv_heads, head_dim]");
   check_dim(value_cache, 4, "[num_blocks, block_size, num_kv_heads, v_head_dim]");
@@ -152,6 +152,9 @@ inline void check_caches(const Arg& key_cache, const Arg& value_cache) {
   if (!is_token_major(key_cache) && strides_matter(key_cache, 1) && key_cache.stride(1) != 1)
     reject(key_cache, text("strides ", strides_of(key_cache.tensor)), "contiguous in head_dim or in block_size");
   check_last_dim_contiguous(value_cache);
+  for (const Arg& cache : {key_cache, value_cache})
+    if (cache.size(2) < 1 || cache.size(3) < 1)
+      reject(cache, text("shape ", shape_of(cache.tensor)), "of at least one head and one element a head");
 }
 
 // A float32 `[1]` or `[num_kv_heads]` factor on what is stored.

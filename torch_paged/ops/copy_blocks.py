@@ -5,9 +5,7 @@ from torch import Tensor
 
 from torch_paged.ops._library import TAGS, check_same_device, library, value_errors
 
-library.define(
-    "copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor block_mapping) -> ()", tags=TAGS
-)
+library.define("copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor block_mapping) -> ()", tags=TAGS)
 
 
 def copy_blocks(key_caches: list[Tensor], value_caches: list[Tensor], block_mapping: Tensor) -> None:

@@ -1,0 +1,72 @@
+// Copies blocks in the longest runs that are contiguous on both sides: one memcpy a block in the preferred layout.
+#include "copy_blocks.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "grain.h"
+
+namespace paged::cpu {
+namespace {
+
+// A block as up to three nested loops around one memcpy.
+struct BlockLoops {
+  int64_t sizes[3] = {1, 1, 1};
+  int64_t src_strides[3] = {};
+  int64_t dst_strides[3] = {};
+  int64_t run_bytes;
+};
+
+BlockLoops plan_loops(const LayerCopy& layer) {
+  std::vector<int> dims;
+  for (int dim = 1; dim < 4; ++dim)
+    if (layer.sizes[dim] != 1) dims.push_back(dim);
+  std::sort(dims.begin(), dims.end(), [&](int a, int b) { return layer.dst_strides[a] > layer.dst_strides[b]; });
+
+  BlockLoops loops;
+  loops.run_bytes = layer.element_size;
+  while (!dims.empty() && layer.src_strides[dims.back()] == loops.run_bytes &&
+         layer.dst_strides[dims.back()] == loops.run_bytes) {
+    loops.run_bytes *= layer.sizes[dims.back()];
+    dims.pop_back();
+  }
+  for (size_t i = 0; i < dims.size(); ++i) {
+    loops.sizes[i] = layer.sizes[dims[i]];
+    loops.src_strides[i] = layer.src_strides[dims[i]];
+    loops.dst_strides[i] = layer.dst_strides[dims[i]];
+  }
+  return loops;
+}
+
+void copy_block(const BlockLoops& loops, const char* src, char* dst) {
+  for (int64_t i = 0; i < loops.sizes[0]; ++i)
+    for (int64_t j = 0; j < loops.sizes[1]; ++j)
+      for (int64_t k = 0; k < loops.sizes[2]; ++k)
+        std::memcpy(dst + i * loops.dst_strides[0] + j * loops.dst_strides[1] + k * loops.dst_strides[2],
+                    src + i * loops.src_strides[0] + j * loops.src_strides[1] + k * loops.src_strides[2],
+                    loops.run_bytes);
+}
+
+}  // namespace
+
+void copy_blocks(const std::vector<LayerCopy>& layers, const int64_t* block_mapping, int64_t num_pairs) {
+  std::vector<BlockLoops> loops;
+  int64_t block_bytes = 0;
+  for (const LayerCopy& layer : layers) {
+    loops.push_back(plan_loops(layer));
+    block_bytes = std::max(block_bytes, layer.sizes[1] * layer.sizes[2] * layer.sizes[3] * layer.element_size);
+  }
+  const int64_t num_layers = layers.size();
+  torch::stable::parallel_for(0, num_layers * num_pairs, grain(block_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const LayerCopy& layer = layers[i / num_pairs];
+      const int64_t* pair = block_mapping + 2 * (i % num_pairs);
+      copy_block(loops[i / num_pairs], layer.src + pair[0] * layer.src_strides[0],
+                 layer.dst + pair[1] * layer.dst_strides[0]);
+    }
+  });
+}
+
+}  // namespace paged::cpu
