@@ -1,0 +1,186 @@
+"""Who owns which block: reference counts over block ids, the lowest free ids handed out first."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torch_paged.memory.budget import MemoryBudget
+
+Ids = NDArray[np.int64]
+NO_IDS: Ids = np.empty(0, dtype=np.int64)
+
+# Block ids an allocation looks at beyond the number it wants, before it looks further.
+_SCAN = 512
+
+
+class PoolExhausted(RuntimeError):
+    """More blocks were asked for than are free. Nothing has changed: no block was taken.
+
+    Attributes:
+        needed: blocks asked for.
+        free: blocks that were free.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(
+            f"out of KV blocks: {needed} needed, {free} free; raise max_memory, or run fewer or shorter sequences at once"
+        )
+        self.needed = needed
+        self.free = free
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.needed, self.free)
+
+
+class BlockAllocator:
+    """Hands out block ids `0..num_blocks-1` and counts the references to each.
+
+    Args:
+        num_blocks: how many ids there are.
+        budget: where the bytes of used blocks are charged, shared with other allocators; None = unlimited.
+        block_bytes: bytes of one block, charged per used block.
+
+    Attributes:
+        num_blocks: as given.
+        ref_counts: int32 `[num_blocks]`, 0 = free. Read only for callers.
+        num_used: blocks with at least one reference.
+        num_shared: blocks with more than one.
+        peak_used, peak_shared: the highest these two were since the start or `reset_peak`.
+
+    Methods are not synchronised: callers hold the pool's lock.
+    """
+
+    def __init__(self, num_blocks: int, budget: MemoryBudget | None = None, block_bytes: int = 0) -> None:
+        self.num_blocks = num_blocks
+        self.ref_counts: NDArray[np.int32] = np.zeros(num_blocks, dtype=np.int32)
+        self.num_used = self.num_shared = self.peak_used = self.peak_shared = 0
+        self._budget = budget
+        self._block_bytes = block_bytes
+        self._lowest = 0  # no id below is free
+        self._touched = 0  # no id from here on was handed out since the last take_free_runs
+        self._last_index: Ids = np.empty(num_blocks, dtype=np.int64)  # scratch of _distinct
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now: unused ids, as far as the budget has bytes for them."""
+        free = self.num_blocks - self.num_used
+        if self._budget is not None and self._block_bytes:
+            free = min(free, self._budget.free_bytes // self._block_bytes)
+        return free
+
+    def allocate(self, n: int, releasing: Ids = NO_IDS) -> Ids:
+        """Take the `n` lowest free blocks, each with one reference, after giving up one reference per id of `releasing`.
+
+        Returns:
+            int64 `[n]`, ascending.
+
+        Raises:
+            PoolExhausted: fewer than `n` are free; nothing was taken and nothing released.
+            ValueError: `releasing` names a block that is free.
+        """
+        if len(releasing):
+            self.release(releasing)
+        free = self.num_free
+        if n > free:
+            self._shift(releasing, NO_IDS)
+            raise PoolExhausted(n, free)
+        if n == 0:
+            return NO_IDS
+        ids = self._lowest_free(n)
+        self.ref_counts[ids] = 1
+        self._lowest = int(ids[-1]) + 1
+        self._touched = max(self._touched, self._lowest)
+        self._count(n, 0)
+        return ids
+
+    def retain(self, ids: Ids) -> None:
+        """Add one reference per entry of `ids`; an id that stands there twice gets two.
+
+        Raises:
+            ValueError: an id is out of range or its block is free; nothing has changed.
+        """
+        self.exchange(ids, NO_IDS)
+
+    def release(self, ids: Ids) -> None:
+        """Take away one reference per entry of `ids`; blocks left without any are free again.
+
+        Raises:
+            ValueError: an id is out of range or has fewer references than entries; nothing has changed.
+        """
+        self.exchange(NO_IDS, ids)
+
+    def exchange(self, gained: Ids, lost: Ids) -> None:
+        """`retain(gained)` and `release(lost)` in one: no block is free, and no peak counted, in between.
+
+        Raises:
+            ValueError: an id is out of range, free, or would have fewer than no references; nothing has changed.
+        """
+        gained, lost = self._checked(gained), self._checked(lost)
+        distinct, before, after = self._shift(gained, lost)
+        bad = (before <= 0) | (after < 0)
+        if bad.any():
+            self._shift(lost, gained)
+            block = int(distinct[bad][0])
+            raise ValueError(f"ids: block {block} has {self.ref_counts[block]} references; must be used, and not be released more often")
+        freed = distinct[after == 0]
+        if len(freed):
+            self._lowest = min(self._lowest, int(freed.min()))
+
+    def take_free_runs(self) -> Ids:
+        """Runs `[first, end)` of free blocks, int64 `[n, 2]`, that were used since the last call.
+
+        The last run goes on to `num_blocks` when nothing above it is used.
+        """
+        used = np.flatnonzero(self.ref_counts[: self._touched])
+        runs = np.stack([np.append(0, used + 1), np.append(used, self.num_blocks)], axis=1)
+        runs = runs[(runs[:, 0] < runs[:, 1]) & (runs[:, 0] < self._touched)]
+        self._touched = int(used[-1]) + 1 if len(used) else 0
+        return runs
+
+    def reset_peak(self) -> None:
+        """Let the peaks start again from what is used and shared now."""
+        self.peak_used, self.peak_shared = self.num_used, self.num_shared
+
+    def _lowest_free(self, n: int) -> Ids:
+        found, missing, start, span = [], n, self._lowest, n + _SCAN
+        while missing:
+            ids = np.flatnonzero(self.ref_counts[start : start + span] == 0)[:missing] + start
+            found.append(ids)
+            missing -= len(ids)
+            start += span
+            span *= 2
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _shift(self, gained: Ids, lost: Ids) -> tuple[Ids, NDArray[np.int32], NDArray[np.int32]]:
+        """Apply both to the reference counts; the ids concerned, once each, with their counts before and after."""
+        distinct = self._distinct(np.concatenate([gained, lost]))
+        before = self.ref_counts[distinct]
+        np.add.at(self.ref_counts, gained, 1)
+        np.subtract.at(self.ref_counts, lost, 1)
+        after = self.ref_counts[distinct]
+        self._count(
+            int(np.count_nonzero(after) - np.count_nonzero(before)),
+            int(np.count_nonzero(after > 1) - np.count_nonzero(before > 1)),
+        )
+        return distinct, before, after
+
+    def _distinct(self, ids: Ids) -> Ids:
+        """Each id once, in linear time: of equal ids, the one whose index was stored last remembers it."""
+        index = np.arange(len(ids))
+        self._last_index[ids] = index
+        return ids[self._last_index[ids] == index]
+
+    def _count(self, used: int, shared: int) -> None:
+        self.num_used += used
+        self.num_shared += shared
+        self.peak_used = max(self.peak_used, self.num_used)
+        self.peak_shared = max(self.peak_shared, self.num_shared)
+        if self._budget is not None:
+            self._budget.charge(used * self._block_bytes)
+
+    def _checked(self, ids: Ids) -> Ids:
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not (0 <= ids.min() and ids.max() < self.num_blocks):
+            raise ValueError(f"ids: values from {ids.min()} to {ids.max()}; must be in [0, {self.num_blocks}) (num_blocks)")
+        return ids

@@ -1,0 +1,199 @@
+"""The bytes of the KV blocks of one group of layers that live alike, on one device."""
+
+import weakref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_paged.memory.allocator import BlockAllocator
+from torch_paged.memory.budget import MemoryBudget
+from torch_paged.memory.reservation import release_pages, reserve
+from torch_paged.memory.stats import PoolStats
+from torch_paged.memory.tables import BlockTables
+from torch_paged.ops import cache_view, copy_blocks
+
+# Each layer's keys and values begin on a boundary of this many bytes: the largest page of the common systems.
+_PAGE = 65536
+# Block tables are int32.
+_MAX_BLOCKS = 2**31 - 1
+
+
+class Pool:
+    """Key and value caches of `num_layers` layers, layer-major, and the allocator of their blocks.
+
+    A block id means the same block in every layer of the group. The memory is reserved with the first layer; on the CPU it is
+    committed as blocks are written and given back by `trim`. Addresses never change.
+
+    Args:
+        num_layers: layers of the group.
+        block_size: tokens of a block, a power of two from 1 to 256.
+        sliding_window: tokens a query sees, itself included; 0 = all.
+        budget: bounds the bytes, over all pools that share it.
+        device: where the blocks lie.
+
+    Attributes:
+        lock: the budget's; held around every edit.
+        tables: the live batches in this pool.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        block_size: int,
+        sliding_window: int = 0,
+        budget: MemoryBudget,
+        device: torch.device,
+    ) -> None:
+        if num_layers < 1:
+            raise ValueError(f"num_layers: {num_layers}; must be at least 1")
+        if not 1 <= block_size <= 256 or block_size & (block_size - 1):
+            raise ValueError(f"block_size: {block_size}; must be a power of two from 1 to 256")
+        if sliding_window < 0:
+            raise ValueError(f"sliding_window: {sliding_window}; must be at least 0")
+        self.num_layers = num_layers
+        self.block_size = block_size
+        self.sliding_window = sliding_window
+        self.budget = budget
+        self.device = device
+        self.lock = budget.lock
+        self.tables: weakref.WeakSet[BlockTables] = weakref.WeakSet()
+        self._allocator: BlockAllocator | None = None
+        self._layout: tuple[object, ...] | None = None
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        """The owner of the block ids.
+
+        Raises:
+            RuntimeError: before the first call of `layer`, when the size of a block is not known.
+        """
+        if self._allocator is None:
+            raise RuntimeError("this pool has no blocks before the first call of layer(), which tells their shape")
+        return self._allocator
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks with more than one owner."""
+        return self._allocator.num_shared if self._allocator else 0
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The caches of one layer; the first call of all fixes the shape of a block and reserves the memory.
+
+        Args:
+            index: which layer of the group.
+            key: `[batch, num_kv_heads, tokens, head_dim]`, read for its shape, dtype and device.
+            value: `[batch, num_kv_heads, tokens, v_head_dim]`, likewise.
+
+        Returns:
+            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, in memory `[num_blocks, num_kv_heads, block_size, head_dim]`.
+            value_cache: likewise with v_head_dim.
+
+        Raises:
+            ValueError: key and value do not fit one another or the layers seen so far, or not one block fits into `max_memory`.
+            MemoryError: the system refuses to reserve the memory.
+        """
+        layout = (*key.shape[1::2], *value.shape[1::2], key.dtype, value.dtype, key.device)
+        if layout != self._layout:
+            with self.lock:
+                if self._layout is None:
+                    self._create(key, value)
+                    self._layout = layout
+                elif layout != self._layout:
+                    raise ValueError(
+                        f"key and value: {_words(layout)}; must be {_words(self._layout)}, like the first layer of this pool"
+                    )
+        return self._key_caches[index], self._value_caches[index]
+
+    def copy_blocks(self, block_mapping: NDArray[np.int64]) -> None:
+        """Copy whole blocks in every layer, as `BlockTables.append` asks for: int64 `[n, 2]`, rows of (source, destination)."""
+        if len(block_mapping):
+            copy_blocks(self._key_caches, self._value_caches, torch.from_numpy(block_mapping).to(self.device))
+
+    def trim(self) -> None:
+        """Give the memory of free blocks back to the system. Nothing moves; on devices other than the CPU nothing happens."""
+        with self.lock:
+            self.budget.settle()
+            if self._allocator is None or self.device.type != "cpu":
+                return
+            runs = self._allocator.take_free_runs()
+            if len(runs):
+                ranges = self._starts[:, None, None] + runs * self._block_bytes[:, None, None]
+                release_pages(self._storage, torch.from_numpy(ranges.reshape(-1, 2)))
+
+    def stats(self) -> PoolStats:
+        """What the pool holds now."""
+        with self.lock:
+            self.budget.settle()
+            if self._allocator is None:
+                return PoolStats()
+            a = self._allocator
+            return PoolStats(
+                blocks_total=a.num_blocks,
+                blocks_used=a.num_used,
+                blocks_shared=a.num_shared,
+                blocks_free=a.num_free,
+                bytes_held=a.num_used * self._bytes,
+                bytes_useful=self._num_tokens() * self._bytes // self.block_size,
+                peak_bytes=a.peak_used * self._bytes,
+                peak_blocks_shared=a.peak_shared,
+            )
+
+    def reset_peak(self) -> None:
+        """Let the peaks in `stats` start again from what is held now."""
+        with self.lock:
+            self.budget.settle()
+            if self._allocator:
+                self._allocator.reset_peak()
+
+    def _num_tokens(self) -> int:
+        """Tokens in the blocks that tables hold, each block counted once, as the row that has most in it sees it."""
+        fills = [table.fill() for table in list(self.tables)]
+        if not fills:
+            return 0
+        ids, tokens = (np.concatenate(parts) for parts in zip(*fills, strict=True))
+        distinct, index = np.unique(ids, return_inverse=True)
+        most = np.zeros(len(distinct), dtype=np.int64)
+        np.maximum.at(most, index, tokens)
+        return int(most.sum())
+
+    def _create(self, key: Tensor, value: Tensor) -> None:
+        heads, dims = key.shape[1], (key.shape[3], value.shape[3])
+        if key.dim() != 4 or value.dim() != 4 or value.shape[1] != heads or value.dtype != key.dtype:
+            raise ValueError(
+                f"value: {value.dtype} of shape {list(value.shape)}; must be {key.dtype} and "
+                f"[batch, {heads}, tokens, v_head_dim], like key of shape {list(key.shape)}"
+            )
+        block_bytes = [self.block_size * heads * dim * key.dtype.itemsize for dim in dims]
+        total = self.num_layers * sum(block_bytes)
+        num_blocks = min(self.budget.max_bytes // total, _MAX_BLOCKS)
+        if num_blocks < 1:
+            raise ValueError(f"max_memory: {self.budget.max_bytes} bytes; must be at least {total}, one block of {self.num_layers} layers")
+
+        cache_bytes = [-(-num_blocks * n // _PAGE) * _PAGE for n in block_bytes]
+        starts = np.cumsum([0] + cache_bytes * self.num_layers)
+        # Outside of inference mode, so that the caches may be written in it and out of it.
+        with torch.inference_mode(False):
+            self._storage = (
+                reserve(int(starts[-1]))
+                if self.device.type == "cpu"
+                else torch.empty(int(starts[-1]), dtype=torch.uint8, device=self.device)
+            )
+            caches = [
+                cache_view(self._storage[start:], num_blocks, self.block_size, heads, dim, key.dtype)
+                for start, dim in zip(starts[:-1].tolist(), dims * self.num_layers, strict=True)
+            ]
+        self._key_caches, self._value_caches = caches[::2], caches[1::2]
+        self._starts = starts[:-1]
+        self._block_bytes = np.array(block_bytes * self.num_layers)
+        self._bytes = total
+        self._allocator = BlockAllocator(num_blocks, self.budget, total)
+
+
+def _words(layout: tuple[object, ...]) -> str:
+    return "heads and head_dim of both, dtypes, device: " + ", ".join(str(part) for part in layout)
