@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "../checks.h"
+#include "../op_checks.h"
 #include "reshape_and_cache.h"
 #include "weak.h"
 
@@ -38,31 +38,11 @@ Scale scale_rows(const std::optional<Tensor>& scale) {
   return {scale->const_data_ptr<float>(), scale->numel() == 1 ? 0 : 1};
 }
 
-void check_new_rows(const Arg& rows, const Arg& cache, const Arg& slot_mapping) {
-  check_dim(rows, 3, "[tokens, num_kv_heads, head_dim]");
-  check_same_dtype(rows, cache);
-  check_same_device(rows, cache);
-  check_size(rows, 0, slot_mapping.size(0), "tokens of slot_mapping");
-  check_size(rows, 1, cache.size(2), "num_kv_heads of the cache");
-  check_size(rows, 2, cache.size(3), "head_dim of the cache");
-  check_last_dim_contiguous(rows);
-}
-
 void reshape_and_cache(const Tensor& key, const Tensor& value, Tensor& key_cache, Tensor& value_cache,
                        const Tensor& slot_mapping, const std::optional<Tensor>& key_scale,
                        const std::optional<Tensor>& value_scale) {
   check_dtype({key_cache, "key_cache"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-  check_caches({key_cache, "key_cache"}, {value_cache, "value_cache"});
-  check_not_expanded({key_cache, "key_cache"});
-  check_not_expanded({value_cache, "value_cache"});
-  check_dim({slot_mapping, "slot_mapping"}, 1, "[tokens]");
-  check_dtype({slot_mapping, "slot_mapping"}, {ScalarType::Long});
-  check_same_device({slot_mapping, "slot_mapping"}, {key_cache, "key_cache"});
-  check_contiguous({slot_mapping, "slot_mapping"});
-  check_new_rows({key, "key"}, {key_cache, "key_cache"}, {slot_mapping, "slot_mapping"});
-  check_new_rows({value, "value"}, {value_cache, "value_cache"}, {slot_mapping, "slot_mapping"});
-  if (key_scale) check_scale({*key_scale, "key_scale"}, {key_cache, "key_cache"});
-  if (value_scale) check_scale({*value_scale, "value_scale"}, {value_cache, "value_cache"});
+  check_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale);
   const int64_t num_tokens = slot_mapping.size(0);
   if (num_tokens > std::numeric_limits<int32_t>::max())
     reject("slot_mapping", text("size ", num_tokens), "less than 2^31, the largest grid");

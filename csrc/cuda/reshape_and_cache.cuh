@@ -16,9 +16,9 @@ __device__ inline bool is_aligned(const void* pointer) {
 template <typename T>
 __device__ void store_row(const T* source, T* target, int64_t dim_stride, int64_t head_dim, const float* scale) {
   const int lane = threadIdx.x;
-  // head_dim is a multiple of 8, so a row of any type is whole 16-byte pieces.
-  if (scale == nullptr && dim_stride == 1 && is_aligned(source) && is_aligned(target)) {
-    const int64_t pieces = head_dim * sizeof(T) / sizeof(int4);
+  const int64_t bytes = head_dim * sizeof(T);
+  if (scale == nullptr && dim_stride == 1 && bytes % sizeof(int4) == 0 && is_aligned(source) && is_aligned(target)) {
+    const int64_t pieces = bytes / sizeof(int4);
     for (int64_t i = lane; i < pieces; i += kWarpSize) {
       reinterpret_cast<int4*>(target)[i] = reinterpret_cast<const int4*>(source)[i];
     }
