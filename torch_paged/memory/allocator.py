@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch_paged.memory.budget import MemoryBudget
 
 Ids = NDArray[np.int64]
+SomeIds = NDArray[np.integer[Any]]
 NO_IDS: Ids = np.empty(0, dtype=np.int64)
 
 # Block ids an allocation looks at beyond the number it wants, before it looks further.
@@ -24,7 +25,7 @@ class PoolExhausted(RuntimeError):
 
     def __init__(self, needed: int, free: int) -> None:
         super().__init__(
-            f"out of KV blocks: {needed} needed, {free} free; raise max_memory, or run fewer or shorter sequences at once"
+            f"out of KV blocks: {needed} needed, {free} free; raise max_memory, or run fewer or shorter sequences"
         )
         self.needed = needed
         self.free = free
@@ -69,32 +70,34 @@ class BlockAllocator:
             free = min(free, self._budget.free_bytes // self._block_bytes)
         return free
 
-    def allocate(self, n: int, releasing: Ids = NO_IDS) -> Ids:
-        """Take the `n` lowest free blocks, each with one reference, after giving up one reference per id of `releasing`.
+    def allocate(self, n: int, releasing: SomeIds = NO_IDS) -> Ids:
+        """Take the `n` lowest free blocks, each with one reference, after `release(releasing)`.
 
         Returns:
             int64 `[n]`, ascending.
 
         Raises:
             PoolExhausted: fewer than `n` are free; nothing was taken and nothing released.
-            ValueError: `releasing` names a block that is free.
+            ValueError: `n` is negative, or `releasing` is not to be released; nothing has changed.
         """
-        if len(releasing):
-            self.release(releasing)
+        if n < 0:
+            raise ValueError(f"n: {n}; must be at least 0")
+        self.release(releasing)
         free = self.num_free
         if n > free:
-            self._shift(releasing, NO_IDS)
+            self._count(*self._shift(releasing, NO_IDS)[1:])  # undo
             raise PoolExhausted(n, free)
         if n == 0:
             return NO_IDS
         ids = self._lowest_free(n)
+        before = self.ref_counts[ids]
         self.ref_counts[ids] = 1
+        self._count(before, self.ref_counts[ids])
         self._lowest = int(ids[-1]) + 1
         self._touched = max(self._touched, self._lowest)
-        self._count(n, 0)
         return ids
 
-    def retain(self, ids: Ids) -> None:
+    def retain(self, ids: SomeIds) -> None:
         """Add one reference per entry of `ids`; an id that stands there twice gets two.
 
         Raises:
@@ -102,7 +105,7 @@ class BlockAllocator:
         """
         self.exchange(ids, NO_IDS)
 
-    def release(self, ids: Ids) -> None:
+    def release(self, ids: SomeIds) -> None:
         """Take away one reference per entry of `ids`; blocks left without any are free again.
 
         Raises:
@@ -110,19 +113,23 @@ class BlockAllocator:
         """
         self.exchange(NO_IDS, ids)
 
-    def exchange(self, gained: Ids, lost: Ids) -> None:
+    def exchange(self, gained: SomeIds, lost: SomeIds) -> None:
         """`retain(gained)` and `release(lost)` in one: no block is free, and no peak counted, in between.
 
         Raises:
             ValueError: an id is out of range, free, or would have fewer than no references; nothing has changed.
         """
-        gained, lost = self._checked(gained), self._checked(lost)
-        distinct, before, after = self._shift(gained, lost)
+        if not len(gained) and not len(lost):
+            return
+        distinct, before, after = self._shift(self._checked(gained), self._checked(lost))
         bad = (before <= 0) | (after < 0)
         if bad.any():
-            self._shift(lost, gained)
+            self._shift(lost, gained)  # undo
             block = int(distinct[bad][0])
-            raise ValueError(f"ids: block {block} has {self.ref_counts[block]} references; must be used, and not be released more often")
+            raise ValueError(
+                f"ids: block {block} with {self.ref_counts[block]} references; must be used, and released no more often"
+            )
+        self._count(before, after)
         freed = distinct[after == 0]
         if len(freed):
             self._lowest = min(self._lowest, int(freed.min()))
@@ -152,35 +159,32 @@ class BlockAllocator:
             span *= 2
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _shift(self, gained: Ids, lost: Ids) -> tuple[Ids, NDArray[np.int32], NDArray[np.int32]]:
+    def _shift(self, gained: SomeIds, lost: SomeIds) -> tuple[Ids, NDArray[np.int32], NDArray[np.int32]]:
         """Apply both to the reference counts; the ids concerned, once each, with their counts before and after."""
-        distinct = self._distinct(np.concatenate([gained, lost]))
+        distinct = self._distinct(np.concatenate([gained, lost], dtype=np.int64))
         before = self.ref_counts[distinct]
         np.add.at(self.ref_counts, gained, 1)
         np.subtract.at(self.ref_counts, lost, 1)
-        after = self.ref_counts[distinct]
-        self._count(
-            int(np.count_nonzero(after) - np.count_nonzero(before)),
-            int(np.count_nonzero(after > 1) - np.count_nonzero(before > 1)),
-        )
-        return distinct, before, after
+        return distinct, before, self.ref_counts[distinct]
 
     def _distinct(self, ids: Ids) -> Ids:
-        """Each id once, in linear time: of equal ids, the one whose index was stored last remembers it."""
+        """Each id once, in linear time: of equal ids, the one whose index was stored last finds it there."""
         index = np.arange(len(ids))
         self._last_index[ids] = index
-        return ids[self._last_index[ids] == index]
+        distinct: Ids = ids[self._last_index[ids] == index]
+        return distinct
 
-    def _count(self, used: int, shared: int) -> None:
+    def _count(self, before: NDArray[np.int32], after: NDArray[np.int32]) -> None:
+        used = int(np.count_nonzero(after) - np.count_nonzero(before))
         self.num_used += used
-        self.num_shared += shared
+        self.num_shared += int(np.count_nonzero(after > 1) - np.count_nonzero(before > 1))
         self.peak_used = max(self.peak_used, self.num_used)
         self.peak_shared = max(self.peak_shared, self.num_shared)
         if self._budget is not None:
             self._budget.charge(used * self._block_bytes)
 
-    def _checked(self, ids: Ids) -> Ids:
-        ids = np.asarray(ids, dtype=np.int64)
-        if len(ids) and not (0 <= ids.min() and ids.max() < self.num_blocks):
-            raise ValueError(f"ids: values from {ids.min()} to {ids.max()}; must be in [0, {self.num_blocks}) (num_blocks)")
-        return ids
+    def _checked(self, ids: SomeIds) -> Ids:
+        checked: Ids = np.asarray(ids, dtype=np.int64)
+        if ((checked < 0) | (checked >= self.num_blocks)).any():
+            raise ValueError(f"ids: from {ids.min()} to {ids.max()}; must be in [0, {self.num_blocks}) (num_blocks)")
+        return checked

@@ -12,15 +12,15 @@ import torch
 from torch_paged.memory.device_memory import device_memory
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_MUST_BE = 'must be bytes (int > 0), a fraction of the memory (0 < float <= 1), a text such as "2GiB" or "500MB", or None'
+_MUST_BE = 'must be bytes (int > 0), a part of the memory (0 < float <= 1), a text like "2GiB" or "500MB", or None'
 
 
 class MemoryBudget:
     """Bytes that pools draw from, and the lock that guards them and their tables.
 
     Args:
-        max_memory: bytes; a fraction of the memory of `device` (of the machine, on the CPU); a text such as `"2GiB"`; None = half of
-            what is free there when it is first asked for.
+        max_memory: bytes; a fraction of the memory of `device` (of the machine, on the CPU); a text such as `"2GiB"`;
+            None = half of what is free there when it is first asked for.
         device: where the pools live.
 
     Attributes:
@@ -36,7 +36,7 @@ class MemoryBudget:
         self.lock = threading.RLock()
         self.used_bytes = 0
         self._device = device
-        self._limit = _parse(max_memory)
+        self._limit = parse_max_memory(max_memory)
         self._abandoned: deque[Callable[[], None]] = deque()
 
     @cached_property
@@ -71,8 +71,13 @@ class MemoryBudget:
                     self._abandoned.popleft()()
 
 
-def _parse(max_memory: int | float | str | None) -> int | float | None:
-    """Bytes as int, a fraction as float, None as it is."""
+def parse_max_memory(max_memory: int | float | str | None) -> int | float | None:
+    """Bytes as int, a part of the memory as float, None as it is.
+
+    Raises:
+        ValueError: `max_memory` is out of range or cannot be read.
+        TypeError: `max_memory` is of another type.
+    """
     if max_memory is None:
         return None
     if isinstance(max_memory, str):

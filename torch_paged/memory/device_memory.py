@@ -11,19 +11,19 @@ def device_memory(device: torch.device) -> tuple[int, int]:
     Raises:
         ValueError: the device does not tell.
     """
-    if device.type == "cpu":
-        return _host_memory(Path("/"))
     try:
+        if device.type == "cpu":
+            return _host_memory(Path("/"))
         free, total = torch.get_device_module(device).mem_get_info(device)
-    except (AttributeError, RuntimeError) as error:
+    except (AttributeError, OSError, RuntimeError) as error:
         raise ValueError(f"max_memory: {device} does not tell its memory; must be bytes on this device") from error
     return int(free), int(total)
 
 
 def _host_memory(root: Path) -> tuple[int, int]:
     """(free, total) as the files under `root` say."""
-    fields = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
-    kib = {field[0].rstrip(":"): int(field[1]) for field in fields if len(field) > 1}
+    lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+    kib = {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
     free, total = kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
     for limit, used in _container_limits(root):
         free, total = min(free, max(limit - used, 0)), min(total, limit)

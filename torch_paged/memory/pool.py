@@ -23,8 +23,8 @@ _MAX_BLOCKS = 2**31 - 1
 class Pool:
     """Key and value caches of `num_layers` layers, layer-major, and the allocator of their blocks.
 
-    A block id means the same block in every layer of the group. The memory is reserved with the first layer; on the CPU it is
-    committed as blocks are written and given back by `trim`. Addresses never change.
+    A block id means the same block in every layer of the group. The memory is reserved with the first layer; on the
+    CPU it is committed as blocks are written and given back by `trim`. Addresses never change.
 
     Args:
         num_layers: layers of the group.
@@ -91,11 +91,11 @@ class Pool:
             value: `[batch, num_kv_heads, tokens, v_head_dim]`, likewise.
 
         Returns:
-            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, in memory `[num_blocks, num_kv_heads, block_size, head_dim]`.
+            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, laid out as by `ops.empty_cache`.
             value_cache: likewise with v_head_dim.
 
         Raises:
-            ValueError: key and value do not fit one another or the layers seen so far, or not one block fits into `max_memory`.
+            ValueError: key and value do not fit one another or the layers before, or `max_memory` holds no block.
             MemoryError: the system refuses to reserve the memory.
         """
         layout = (*key.shape[1::2], *value.shape[1::2], key.dtype, value.dtype, key.device)
@@ -106,17 +106,17 @@ class Pool:
                     self._layout = layout
                 elif layout != self._layout:
                     raise ValueError(
-                        f"key and value: {_words(layout)}; must be {_words(self._layout)}, like the first layer of this pool"
+                        f"key, value: {_words(layout)}; must be {_words(self._layout)}, like the layers before"
                     )
         return self._key_caches[index], self._value_caches[index]
 
     def copy_blocks(self, block_mapping: NDArray[np.int64]) -> None:
-        """Copy whole blocks in every layer, as `BlockTables.append` asks for: int64 `[n, 2]`, rows of (source, destination)."""
+        """Copy whole blocks in every layer: int64 `[n, 2]`, rows of (source, destination) from `BlockTables.append`."""
         if len(block_mapping):
             copy_blocks(self._key_caches, self._value_caches, torch.from_numpy(block_mapping).to(self.device))
 
     def trim(self) -> None:
-        """Give the memory of free blocks back to the system. Nothing moves; on devices other than the CPU nothing happens."""
+        """Give the memory of free blocks back to the system; nothing moves. Other devices than the CPU keep theirs."""
         with self.lock:
             self.budget.settle()
             if self._allocator is None or self.device.type != "cpu":
@@ -132,16 +132,16 @@ class Pool:
             self.budget.settle()
             if self._allocator is None:
                 return PoolStats()
-            a = self._allocator
+            blocks = self._allocator
             return PoolStats(
-                blocks_total=a.num_blocks,
-                blocks_used=a.num_used,
-                blocks_shared=a.num_shared,
-                blocks_free=a.num_free,
-                bytes_held=a.num_used * self._bytes,
+                blocks_total=blocks.num_blocks,
+                blocks_used=blocks.num_used,
+                blocks_shared=blocks.num_shared,
+                blocks_free=blocks.num_free,
+                bytes_held=blocks.num_used * self._bytes,
                 bytes_useful=self._num_tokens() * self._bytes // self.block_size,
-                peak_bytes=a.peak_used * self._bytes,
-                peak_blocks_shared=a.peak_shared,
+                peak_bytes=blocks.peak_used * self._bytes,
+                peak_blocks_shared=blocks.peak_shared,
             )
 
     def reset_peak(self) -> None:
@@ -153,10 +153,10 @@ class Pool:
 
     def _num_tokens(self) -> int:
         """Tokens in the blocks that tables hold, each block counted once, as the row that has most in it sees it."""
-        fills = [table.fill() for table in list(self.tables)]
-        if not fills:
+        held = [table.tokens_in_blocks() for table in list(self.tables)]
+        if not held:
             return 0
-        ids, tokens = (np.concatenate(parts) for parts in zip(*fills, strict=True))
+        ids, tokens = (np.concatenate(parts) for parts in zip(*held, strict=True))
         distinct, index = np.unique(ids, return_inverse=True)
         most = np.zeros(len(distinct), dtype=np.int64)
         np.maximum.at(most, index, tokens)
@@ -173,7 +173,10 @@ class Pool:
         total = self.num_layers * sum(block_bytes)
         num_blocks = min(self.budget.max_bytes // total, _MAX_BLOCKS)
         if num_blocks < 1:
-            raise ValueError(f"max_memory: {self.budget.max_bytes} bytes; must be at least {total}, one block of {self.num_layers} layers")
+            raise ValueError(
+                f"max_memory: {self.budget.max_bytes} bytes; must be at least {total}, "
+                f"one block of {self.block_size} tokens in {self.num_layers} layers"
+            )
 
         cache_bytes = [-(-num_blocks * n // _PAGE) * _PAGE for n in block_bytes]
         starts = np.cumsum([0] + cache_bytes * self.num_layers)
