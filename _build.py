@@ -21,18 +21,19 @@ def find_torch() -> Path | None:
     return None
 
 
-def _version(torch: Path) -> tuple[int, int]:
-    found = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _torch_if_missing() -> list[str]:
+def torch_if_missing() -> list[str]:
+    """Return the requirement that the build environment still has."""
     return [] if find_torch() else [TESTED_TORCH]
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_if_missing()
+    return build_meta.get_requires_for_build_wheel(config_settings) + torch_if_missing()
 
 
 def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_if_missing()
+    return build_meta.get_requires_for_build_editable(config_settings) + torch_if_missing()
+
+
+def _version(torch: Path) -> tuple[int, int]:
+    found = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+    return (int(found[1]), int(found[2])) if found else (0, 0)
