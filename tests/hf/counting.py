@@ -1,0 +1,50 @@
+"""Count the ops that run, and the tokens a model computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_paged.hf.layer import PagedLayer
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, calls: Counter[str]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = f"{func.namespace}.{func._schema.name.split('::')[1]}"
+        self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def count_calls() -> Iterator[Counter[str]]:
+    """Calls of every op, as "namespace.name", and of "gather" of a layer, which runs where modes do not see it."""
+    calls: Counter[str] = Counter()
+    gather = PagedLayer.gather
+
+    def counted(layer: PagedLayer, columns: int) -> Any:
+        calls["gather"] += 1
+        return gather(layer, columns)
+
+    with _Counting(calls), mock.patch.object(PagedLayer, "gather", counted):
+        yield calls
+
+
+@contextmanager
+def count_tokens(model: nn.Module) -> Iterator[list[int]]:
+    """Positions that each forward pass of the model embeds."""
+    tokens: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))
+    try:
+        yield tokens
+    finally:
+        hook.remove()

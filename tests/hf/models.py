@@ -1,0 +1,115 @@
+"""Tiny random models and ragged batches for the generate tests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCAB = 211
+PAD, EOS = 0, 210
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=EOS,
+    pad_token_id=PAD,
+)
+WINDOW = 13
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen2-sliding": lambda: Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=24),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=WINDOW),
+    "mistral-full": lambda: MistralConfig(**SMALL, sliding_window=None),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=EOS
+    ),
+    "gemma": lambda: GemmaConfig(**SMALL, head_dim=16),
+    "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB, hidden_size=64, ffn_dim=128, num_hidden_layers=3, num_attention_heads=4, pad_token_id=PAD,
+        word_embed_proj_dim=64,
+    ),
+}  # fmt: skip
+NATIVE = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-full", "gpt2"]
+GATHERED = ["gemma", "gpt_neox", "opt"]
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """A model with weights large enough that its tokens depend on the whole context."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype).eval()
+    return _sharpen(model)
+
+
+def tiny_t5() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=PAD
+    )
+    return _sharpen(T5ForConditionalGeneration(config).eval())
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model)
+
+
+def batch(lengths: Sequence[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random prompts, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.full((len(lengths), width), PAD)
+    mask = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(3, EOS, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: PreTrainedModel, inputs: dict[str, Any], seed: int = 7, **kwargs: Any) -> Any:
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = dict(max_new_tokens=24, do_sample=False, pad_token_id=PAD, eos_token_id=EOS)
+    return model.generate(**inputs, **(defaults | kwargs))
+
+
+def assert_same_tokens(stock: PreTrainedModel, expected: torch.Tensor, actual: torch.Tensor, prompt: int) -> None:
+    """Equal token by token, but for a step where stock's two best logits lie closer than 1e-5."""
+    assert expected.shape == actual.shape
+    for row in (expected != actual).any(1).nonzero().flatten().tolist():
+        step = int((expected[row] != actual[row]).nonzero()[0])
+        assert step >= prompt, "the prompt itself differs"
+        with torch.no_grad():
+            best = stock(expected[row : row + 1, :step]).logits[0, -1].topk(2).values
+        assert float(best[0] - best[1]) < 1e-5, f"row {row}, column {step}: {expected[row]} and {actual[row]}"
+
+
+def _sharpen(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model

@@ -1,0 +1,137 @@
+"""The same call gives stock's tokens: native families and gathered ones, every mode of the foundation."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+import torch_paged
+
+from .counting import count_calls
+from .models import GATHERED, NATIVE, assert_same_tokens, batch, generate, tiny, tiny_t5
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "greedy without eos": {"eos_token_id": None},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 4},
+    "beams returned": {"num_beams": 4, "num_return_sequences": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+}
+PROMPTS = {"left-padded": [40, 7, 23, 31], "one": [17], "short": [1, 2]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_families_give_stocks_tokens(name: str, mode: str) -> None:
+    model, inputs = tiny(name), batch(PROMPTS["left-padded"])
+    expected = generate(model, inputs, **MODES[mode])
+    with torch_paged.paged(model, block_size=4) as handle, count_calls() as calls:
+        actual = generate(model, inputs, **MODES[mode])
+        assert handle.stats().blocks_used == 0
+    assert_same_tokens(model, expected, actual, prompt=40)
+    assert calls["paged.attention"] == calls["paged.reshape_and_cache"] > 0
+    assert calls["gather"] == 0
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_block_sizes_and_prompts(prompts: str, block_size: int) -> None:
+    model, inputs = tiny("mistral"), batch(PROMPTS[prompts])
+    expected = generate(model, inputs)
+    with torch_paged.paged(model, block_size=block_size):
+        actual = generate(model, inputs)
+    assert_same_tokens(model, expected, actual, prompt=inputs["input_ids"].shape[1])
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams", "samples"])
+@pytest.mark.parametrize("name", GATHERED)
+def test_other_families_gather_with_one_warning(name: str, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = tiny(name), batch(PROMPTS["left-padded"])
+    expected = generate(model, inputs, **MODES[mode])
+    with (
+        caplog.at_level(logging.WARNING, "torch_paged"),
+        torch_paged.paged(model, block_size=4) as handle,
+        count_calls() as calls,
+    ):
+        actual = generate(model, inputs, **MODES[mode])
+        generate(model, inputs, **MODES[mode])
+        assert handle.stats().peak_bytes > 0
+    assert_same_tokens(model, expected, actual, prompt=40)
+    assert calls["paged.attention"] == 0 < calls["gather"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "torch_paged"]
+    assert len(messages) == 1
+    for part in (type(model).__name__, model.config.model_type, "gathered"):
+        assert part in messages[0]
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_output_attentions_come_from_the_models_own_attention(
+    attn_implementation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = tiny("llama", attn_implementation=attn_implementation), batch([9, 5])
+    model.generation_config.output_attentions = attn_implementation == "eager"
+    kwargs = dict(return_dict_in_generate=True, max_new_tokens=5)
+    expected = generate(model, inputs, **kwargs)
+    with torch_paged.paged(model):
+        actual = generate(model, inputs, **kwargs)
+    assert_same_tokens(model, expected.sequences, actual.sequences, prompt=9)
+    if attn_implementation == "eager":
+        for want, got in zip(expected.attentions, actual.attentions, strict=True):
+            for layer, paged_layer in zip(want, got, strict=True):
+                # Rows at pads hold what no token ever reads.
+                real = inputs["attention_mask"][:, None, -layer.shape[2] :, None].bool().expand_as(layer)
+                torch.testing.assert_close(paged_layer[real], layer[real])
+
+
+def test_scores_logits_and_hidden_states_are_stocks() -> None:
+    model, inputs = tiny("llama"), batch([9, 9])
+    kwargs = dict(
+        return_dict_in_generate=True, output_scores=True, output_logits=True, output_hidden_states=True,
+        num_return_sequences=2, do_sample=True, max_new_tokens=6,
+    )  # fmt: skip
+    expected = generate(model, inputs, **kwargs)
+    with torch_paged.paged(model):
+        actual = generate(model, inputs, **kwargs)
+    assert torch.equal(expected.sequences, actual.sequences)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.scores, expected.scores)
+    torch.testing.assert_close(actual.hidden_states, expected.hidden_states)
+
+
+def test_encoder_decoder_keeps_the_stock_cache_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = tiny_t5(), batch([9, 5])
+    expected = generate(model, inputs)
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model) as handle:
+        actual = generate(model, inputs)
+        assert handle.stats().peak_bytes == 0
+    assert torch.equal(expected, actual)
+    assert [r.getMessage() for r in caplog.records if "T5ForConditionalGeneration" in r.getMessage()]
+
+
+def test_a_cache_of_the_callers_wins() -> None:
+    from transformers import DynamicCache
+
+    model, inputs = tiny("llama"), batch([9, 5])
+    expected = generate(model, inputs)
+    with torch_paged.paged(model) as handle:
+        assert torch.equal(generate(model, inputs, past_key_values=DynamicCache(config=model.config)), expected)
+        assert torch.equal(generate(model, inputs, cache_implementation="static"), expected)
+        assert torch.equal(generate(model, inputs, use_cache=False), expected)
+        assert handle.stats().peak_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_stay_close_to_stock(dtype: torch.dtype) -> None:
+    model, inputs = tiny("qwen3", dtype), batch([12, 12])
+    kwargs = dict(return_dict_in_generate=True, output_logits=True, max_new_tokens=1)
+    expected = generate(model, inputs, **kwargs).logits[0]
+    with torch_paged.paged(model):
+        actual = generate(model, inputs, **kwargs).logits[0]
+    exact = generate(model.double(), inputs, **kwargs).logits[0].double()
+    bound = 2 * float((expected.double() - exact).abs().max()) + 1e-5
+    assert float((actual.double() - exact).abs().max()) <= bound

@@ -1,0 +1,97 @@
+"""The attention function "torch_paged": reads the pool in place, or hands over to the model's own attention."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from torch_paged.hf.implementation import NAME, previous
+from torch_paged.hf.paged_kv import PagedKV, materialize
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface over a paged cache.
+
+    Args:
+        query: `[batch, heads, width, head_dim]`.
+        key, value: what `PagedLayer.update` returned; plain tensors where the call has no PagedCache.
+
+    Returns: `[batch, width, heads, v_head_dim]`, and the attention weights where the model's own attention gives them.
+    """
+    if not (isinstance(key, PagedKV) and isinstance(value, PagedKV) and _native(key, module, dropout, kwargs)):
+        if sliding_window is not None:
+            kwargs["sliding_window"] = sliding_window
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        if s_aux is not None:
+            kwargs["s_aux"] = s_aux
+        output: tuple[Tensor, Tensor | None] = _own_attention(module)(
+            module,
+            query,
+            materialize(key),
+            materialize(value),
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+        return output
+    layer = key.pair.layer
+    step = layer.step
+    batch, heads, width, head_dim = query.shape
+    rows = query.transpose(1, 2).reshape(batch * width, heads, head_dim)
+    if step.query_rows is not None:
+        rows = rows[step.query_rows]
+    out = torch.ops.paged.attention(
+        rows,
+        layer.key_cache,
+        layer.value_cache,
+        step.block_table,
+        step.seq_lens,
+        step.cu_seqlens_q,
+        step.max_query_len,
+        scale=scaling,
+        sliding_window=layer.sliding_window or sliding_window or 0,
+        softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.float(),
+    )
+    if step.query_rows is not None:
+        out = out.new_zeros(batch * width, *out.shape[1:]).index_copy_(0, step.query_rows, out)
+    return out.view(batch, width, heads, -1), None
+
+
+def _native(key: PagedKV, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> bool:
+    call = key.pair.layer.call
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    return (
+        call is not None and call.native and dropout == 0.0 and kwargs.get("position_bias") is None and bool(is_causal)
+    )
+
+
+def _own_attention(module: nn.Module) -> Any:
+    """The attention function that the model had before the patch."""
+    # Models keep their eager attention beside the module and pass it to the interface as the default.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(previous(module.config), eager)
+
+
+AttentionInterface.register(NAME, paged_attention)

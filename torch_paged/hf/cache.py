@@ -1,0 +1,144 @@
+"""PagedCache: a DynamicCache whose K and V live in the blocks of a pool."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from torch_paged.hf.call import Call
+from torch_paged.hf.config import PagedConfig
+from torch_paged.hf.layer import PagedLayer
+from torch_paged.hf.pools import Pools
+from torch_paged.hf.state import CacheState
+from torch_paged.memory import PoolStats
+
+
+class PagedCache(DynamicCache):  # type: ignore[misc]
+    """A cache for `generate(past_key_values=...)` or `model(past_key_values=...)`, on blocks of a pool.
+
+    Holds its blocks as long as it lives. `copy.deepcopy` shares every block with the copy, and a shared block that
+    is written is copied first: keeping a prompt's cache and generating from copies of it costs no KV memory.
+
+    Args:
+        config: the model's config, which tells how many layers there are and which of them slide.
+        **knobs: fields of `PagedConfig`, for the pool that this cache owns.
+
+    Raises:
+        ValueError, TypeError: a knob is unknown, out of range or of the wrong type.
+    """
+
+    def __init__(self, config: PreTrainedConfig, **knobs: Any) -> None:
+        self._build(DynamicCache(config=config), Pools(PagedConfig(**knobs)))
+
+    @classmethod
+    def like(cls, stock: DynamicCache, pools: Pools) -> PagedCache:
+        """A paged cache with the layers of an empty `stock` cache, in `pools`."""
+        cache = cls.__new__(cls)
+        cache._build(stock, pools)
+        return cache
+
+    def _build(self, stock: DynamicCache, pools: Pools) -> None:
+        windows = [_sliding_window(layer) for layer in stock.layers]
+        per_window = {window: windows.count(window) for window in windows if window is not None}
+        self.state = CacheState(pools, per_window)
+        layers = [
+            layer if window is None else PagedLayer(self.state, window)
+            for layer, window in zip(stock.layers, windows, strict=True)
+        ]
+        Cache.__init__(self, layers=layers)
+
+    def announce(self, call: Call) -> None:
+        """Say what the coming forward pass stores, before its first layer."""
+        self.state.announce(call)
+
+    def rollback(self, call: Call) -> None:
+        """Take back a forward pass that did not finish."""
+        for layer in self._paged_layers():
+            if layer.call is call:
+                layer.columns -= call.width
+                layer.call = None
+        self.state.rollback(call)
+        if self.state.num_seqs is None:
+            self.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last columns.
+
+        Args:
+            tokens_to_remove: columns to drop, as a negative number or 0, as in `DynamicCache.crop`.
+
+        Raises:
+            ValueError: the number is positive, or the sliding window has left what would be the past again.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: {tokens_to_remove}; must be 0 or negative")
+        self._other_layers("crop", tokens_to_remove)
+        width = min(-tokens_to_remove, self.state.columns.count)
+        if self.state.num_seqs is not None:
+            self.state.crop(width)
+        for layer in self._paged_layers():
+            layer.columns = max(0, layer.columns - width)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._other_layers("reorder_cache", beam_idx)
+        self.state.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._other_layers("batch_select_indices", indices)
+        self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._other_layers("batch_repeat_interleave", repeats)
+        if self.state.num_seqs is not None:
+            self.state.select(torch.arange(self.state.num_seqs).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Give every block back."""
+        for layer in self.layers:
+            layer.reset()
+        self.state.release()
+
+    def stats(self) -> PoolStats:
+        """Of the pools this cache draws from."""
+        return self.state.pools.stats()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("state", "layers")})
+        twin.state = self.state.fork()
+        twin.layers = []
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer = copy.copy(layer)
+                layer.state = twin.state
+                layer.group = None if layer.group is None else twin.state.groups[layer.group.key]
+                layer.call = None
+                twin.layers.append(layer)
+            else:
+                twin.layers.append(copy.deepcopy(layer, memo))
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a PagedCache cannot be pickled: its blocks live in a pool of this process")
+
+    def _paged_layers(self) -> list[PagedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def _other_layers(self, method: str, argument: Any) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                getattr(layer, method)(argument)
+
+
+def _sliding_window(layer: Any) -> int | None:
+    """The window of a stock layer that can be paged, 0 for full attention; None for a layer that stays as it is."""
+    if type(layer) is DynamicLayer:
+        return 0
+    if type(layer) is DynamicSlidingWindowLayer:
+        return int(layer.sliding_window)
+    return None

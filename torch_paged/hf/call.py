@@ -1,0 +1,113 @@
+"""Call: what one forward pass does to a paged cache, decided once before its first layer."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward pass: `width` new columns for each of `num_seqs` rows.
+
+    Attributes:
+        valid: bool `[num_seqs, width]`, which of the new columns hold tokens to store; None if all do.
+        native: our attention reads the blocks in place; else layers see gathered tensors and a dense mask.
+        num_tokens: int64 `[num_seqs]`, tokens to store per row.
+        left_padded: in every row the stored tokens are the last ones, so that queries and keys align at the end.
+    """
+
+    num_seqs: int
+    width: int
+    valid: np.ndarray | None = None
+    native: bool = False
+    num_tokens: np.ndarray = field(init=False)
+    left_padded: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.valid is None:
+            self.num_tokens = np.full(self.num_seqs, self.width, dtype=np.int64)
+            self.left_padded = True
+        else:
+            self.num_tokens = self.valid.sum(1, dtype=np.int64)
+            self.left_padded = not bool((self.valid[:, :-1] & ~self.valid[:, 1:]).any())
+
+
+@dataclass
+class Columns:
+    """Which columns of the batch, as `generate` counts them, are stored in the pool.
+
+    Runs of columns, oldest first: a bool tensor `[num_seqs, width]` where some are pads, None where all are stored.
+    """
+
+    runs: list[tuple[Tensor | None, int]] = field(default_factory=list)
+    count: int = 0
+
+    def append(self, call: Call) -> None:
+        self.count += call.width
+        if call.valid is not None:
+            self.runs.append((torch.from_numpy(call.valid), call.width))
+        elif self.runs and self.runs[-1][0] is None:
+            self.runs[-1] = (None, self.runs[-1][1] + call.width)
+        else:
+            self.runs.append((None, call.width))
+
+    def crop(self, width: int) -> np.ndarray | int:
+        """Drop the last `width` columns; the number of stored tokens among them, per row or the same for all."""
+        dropped: np.ndarray | int = 0
+        self.count -= width
+        while width > 0:
+            valid, run = self.runs.pop()
+            cut = min(run, width)
+            width -= cut
+            dropped = dropped + (cut if valid is None else valid[:, run - cut :].sum(1).numpy())
+            if cut < run:
+                self.runs.append((None if valid is None else valid[:, : run - cut], run - cut))
+        return dropped
+
+    def select(self, rows: Tensor) -> None:
+        self.runs = [(valid if valid is None else valid[rows], width) for valid, width in self.runs]
+
+    def copy(self) -> Columns:
+        return Columns(list(self.runs), self.count)
+
+    @property
+    def all_stored(self) -> bool:
+        return all(valid is None for valid, _ in self.runs)
+
+    def stored(self, num_seqs: int) -> Tensor:
+        """bool `[num_seqs, count]`."""
+        runs = [torch.ones(num_seqs, width, dtype=torch.bool) if v is None else v for v, width in self.runs]
+        return torch.cat(runs, 1) if runs else torch.ones(num_seqs, 0, dtype=torch.bool)
+
+    def compare(self, mask: Tensor | None) -> str:
+        """How `mask` (`[num_seqs, count]`, or None: all ones) relates to what is stored.
+
+        "same", "hides" (stored tokens must not be seen: dense masks can do that), or "reveals" (pads that were not
+        stored are to be seen: nothing can do that).
+        """
+        answer, start = "same", 0
+        for valid, width in self.runs:
+            part = None if mask is None else mask[:, start : start + width].bool().cpu()
+            start += width
+            if part is None or bool(part.all()):
+                if valid is not None and not bool(valid.all()):
+                    return "reveals"
+            elif valid is None:
+                answer = "hides"
+            elif not torch.equal(part, valid):
+                if bool((part & ~valid).any()):
+                    return "reveals"
+                answer = "hides"
+        return answer
+
+
+class _Current(threading.local):
+    call: Call | None = None
+
+
+current = _Current()

@@ -1,0 +1,36 @@
+"""PagedConfig: every knob of a patched model, in one frozen dataclass."""
+
+from dataclasses import dataclass
+
+from torch_paged.memory import parse_max_memory
+
+MAX_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class PagedConfig:
+    """The knobs of `patch(model, **knobs)`, `paged(model, **knobs)` and `PagedCache(config, **knobs)`.
+
+    Attributes:
+        block_size: tokens per block, a power of two from 1 to 256. Small blocks waste less, 16 costs no speed.
+        max_memory: bound of the KV pool on each device: bytes (int), a size ("2GiB", "500MB"), or a fraction of the
+            device's or machine's memory (float in (0, 1]). None takes half of what is free at first use. Memory is
+            committed only as it is used.
+        strict: raise instead of warning where a model or a call cannot run natively.
+
+    Raises:
+        ValueError, TypeError: a knob is out of range or of the wrong type.
+    """
+
+    block_size: int = 16
+    max_memory: int | float | str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
+            raise TypeError(f"block_size: {type(self.block_size).__name__}; must be an int")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size: {self.block_size}; must be a power of two from 1 to {MAX_BLOCK_SIZE}")
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict: {type(self.strict).__name__}; must be a bool")
+        parse_max_memory(self.max_memory)

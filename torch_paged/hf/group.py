@@ -1,0 +1,109 @@
+"""LayerGroup: the block tables of the cache layers that live alike, and the plan of the current forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_paged.hf.call import Call
+from torch_paged.hf.pools import GroupKey
+from torch_paged.memory import BlockTables, Pool
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tensors that every layer of a group shares in one forward pass, made once.
+
+    Attributes:
+        block_table: int32 `[num_seqs, blocks]`, -1 = no block.
+        seq_lens: int32 `[num_seqs]`, the new tokens included.
+        cu_seqlens_q: int32 `[num_seqs + 1]` into the query rows.
+        slot_mapping: int64 `[num_seqs * width]`, -1 where a column is not stored.
+        query_rows: int64, the rows of the flattened query to attend with; None: all, pads lie before position 0.
+    """
+
+    block_table: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor
+    slot_mapping: Tensor
+    query_rows: Tensor | None
+    max_query_len: int
+
+
+class LayerGroup:
+    """One batch's tables in one pool. Every table edit happens here, once for all layers of the group."""
+
+    def __init__(self, pool: Pool, key: GroupKey, num_seqs: int) -> None:
+        self.pool = pool
+        self.key = key
+        with pool.lock:
+            self.tables = BlockTables(pool, num_seqs)
+        self.num_layers = 0
+        self.call: Call | None = None
+        self.step: Step | None = None
+
+    def plan(self, call: Call) -> Step:
+        """Blocks, slots and tensors for `call`; the first layer that asks does the work."""
+        if self.call is call and self.step is not None:
+            return self.step
+        with self.pool.lock:
+            block_mapping = self.tables.append(call.num_tokens)
+            if len(block_mapping):
+                self.pool.copy_blocks(block_mapping)
+            slots = self.tables.slots(call.num_tokens, call.valid, call.width)
+            block_table, seq_lens = self.tables.step()
+        device = self.key.device
+        if call.left_padded:
+            starts = np.arange(call.num_seqs + 1, dtype=np.int32) * np.int32(call.width)
+            rows, max_query_len = None, call.width
+        else:
+            assert call.valid is not None
+            starts = np.concatenate([[0], np.cumsum(call.num_tokens)]).astype(np.int32)
+            rows = torch.from_numpy(np.flatnonzero(call.valid)).to(device)
+            max_query_len = int(call.num_tokens.max(initial=0))
+        self.call = call
+        self.step = Step(
+            block_table=block_table,
+            seq_lens=seq_lens,
+            cu_seqlens_q=torch.from_numpy(starts).to(device),
+            slot_mapping=torch.from_numpy(slots).to(device),
+            query_rows=rows,
+            max_query_len=max_query_len,
+        )
+        return self.step
+
+    def select(self, rows: np.ndarray) -> None:
+        with self.pool.lock:
+            self.tables.select(rows)
+        self.step = None
+
+    def crop(self, num_tokens: np.ndarray) -> None:
+        with self.pool.lock:
+            self.tables.crop(num_tokens)
+        self.step = None
+
+    def rollback(self, call: Call) -> None:
+        """Undo `plan(call)`, for a forward pass that did not finish."""
+        if self.call is call:
+            self.crop(call.num_tokens)
+            self.call = None
+
+    def record_past(self) -> None:
+        self.tables.record_past = True
+
+    def fork(self) -> LayerGroup:
+        """The same rows once more, every block shared."""
+        twin = object.__new__(LayerGroup)
+        twin.pool, twin.key, twin.num_layers = self.pool, self.key, self.num_layers
+        twin.call = twin.step = None
+        with self.pool.lock:
+            twin.tables = self.tables.fork()
+        return twin
+
+    def release(self) -> None:
+        with self.pool.lock:
+            self.tables.release()
+        self.call = self.step = None

@@ -1,0 +1,135 @@
+"""PagedHandle: what `patch` returns, the owner of a patched model's pools."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from torch_paged.hf import implementation
+from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.config import PagedConfig
+from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
+from torch_paged.hf.pools import Pools
+from torch_paged.hf.support import Path, Support, Voice, model_support, unsupported_head_dim
+from torch_paged.memory import PoolStats
+
+
+class PagedHandle:
+    """Owns the pools of one patched model. Lives as long as the patch; caches that were returned keep their blocks."""
+
+    def __init__(self, model: PreTrainedModel, config: PagedConfig) -> None:
+        self.config = config
+        self.voice = Voice(type(model).__name__)
+        self._pools = Pools(config)
+        self._model = weakref.ref(model)
+        self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
+        self._local = threading.local()
+        self._support: Support | None = None
+        self._stock_class: type[Any] | None = None
+        self._native_installed = False
+
+    def stats(self) -> PoolStats:
+        """Blocks, bytes and waste of the pools right now, and their peak since `reset_peak`."""
+        return self._pools.stats()
+
+    def reset_peak(self) -> None:
+        """Start the peaks of `stats` anew."""
+        self._pools.reset_peak()
+
+    @property
+    def patched(self) -> bool:
+        return self._stock_class is not None
+
+    def unpatch(self) -> None:
+        """Make the model the stock model again; a second call does nothing."""
+        model = self._model()
+        if model is None or self._stock_class is None:
+            return
+        if self._native_installed:
+            implementation.uninstall(model)
+        model.__class__ = self._stock_class
+        self._stock_class = None
+
+    def install(self) -> None:
+        """Patch the model.
+
+        Raises:
+            ValueError: `strict`, and the model does not run natively. The model is unchanged.
+        """
+        model = self._model()
+        assert model is not None
+        support = self.support(model)
+        if support.path is not Path.NATIVE:
+            self.voice.say(support, strict=self.config.strict)
+        self._native_installed = support.path is Path.NATIVE
+        stock_class = type(model)
+        model.__class__ = paged_class(stock_class, self)
+        self._stock_class = stock_class
+        if self._native_installed:
+            implementation.install(model)
+
+    def reconfigure(self, config: PagedConfig) -> None:
+        """Other knobs, and new pools for them.
+
+        Raises:
+            RuntimeError: a cache of this model still holds blocks.
+        """
+        if config == self.config:
+            return
+        live = sum(cache.state.num_seqs is not None for cache in self._caches)
+        if live:
+            raise RuntimeError(
+                f"{self.voice.model_class} is patched with {self.config} and {live} of its caches hold blocks: "
+                "delete the past_key_values that generate returned, or unpatch, before choosing other knobs"
+            )
+        self.config = config
+        self._pools = Pools(config)
+
+    def support(self, model: PreTrainedModel) -> Support:
+        """How the model runs; decided at the patch."""
+        if self._support is None:
+            support = model_support(model)
+            if support.path is Path.NATIVE and (reason := unsupported_head_dim(model.config)):
+                support = Support(Path.GATHER, reason)
+            self._support = support
+        return self._support
+
+    def replace(self, model: PreTrainedModel, cache: Cache) -> Cache:
+        """The paged cache for the empty one that `generate` made; the same cache where it cannot be paged."""
+        support = self.support(model)
+        if support.path is Path.STOCK:
+            return cache
+        if not is_plain_dynamic(cache):
+            reason = f"its cache is a {type(cache).__name__}"
+            self.voice.say(Support(Path.STOCK, reason), strict=self.config.strict)
+            return cache
+        paged = PagedCache.like(cache, self._pools)
+        self._caches.add(paged)
+        created = getattr(self._local, "created", None)
+        if created is not None:
+            created.append(weakref.ref(paged))
+        return paged
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Around one `generate`: caches it made are released if it raises, and free pages go back at its end."""
+        outer = getattr(self._local, "created", None)
+        created: list[weakref.ref[PagedCache]] = []
+        self._local.created = created
+        try:
+            yield
+        except BaseException:
+            # The traceback keeps the frames, and with them the caches, alive.
+            for reference in created:
+                if (cache := reference()) is not None:
+                    cache.reset()
+            raise
+        finally:
+            self._local.created = outer
+            self._pools.trim()

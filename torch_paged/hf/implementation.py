@@ -1,0 +1,69 @@
+"""The attention implementation's name while a model is patched, which remembers the name that stood there before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, SupportsIndex
+
+from torch import nn
+
+NAME = "torch_paged"
+
+
+class PagedImplementation(str):
+    """The string "torch_paged" that knows which implementation it stands in for.
+
+    It lives in `config._attn_implementation_internal`, so whoever holds the config (the attention modules, the mask
+    functions, another model that shares the config object) finds the implementation to delegate to. Copying and
+    pickling give back the plain name of that implementation: a copy of a patched model is a stock model.
+    """
+
+    previous: str
+    models: int
+
+    def __new__(cls, previous: str) -> PagedImplementation:
+        name = super().__new__(cls, NAME)
+        name.previous = previous
+        name.models = 1
+        return name
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[str], tuple[str]]:
+        return str, (self.previous,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return self.previous
+
+
+def install(model: nn.Module) -> None:
+    """Put `PagedImplementation` into every config of `model`; a config shared with a patched model counts both."""
+    for config in _configs(model):
+        current = config._attn_implementation_internal
+        if isinstance(current, PagedImplementation):
+            current.models += 1
+        else:
+            config._attn_implementation_internal = PagedImplementation(current)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo one `install`. An implementation that the user has set meanwhile stays."""
+    for config in _configs(model):
+        current = config._attn_implementation_internal
+        if isinstance(current, PagedImplementation):
+            current.models -= 1
+            if current.models == 0:
+                config._attn_implementation_internal = current.previous
+
+
+def previous(config: Any) -> str:
+    """The implementation that `config` names without the patch."""
+    name: str = config._attn_implementation
+    return name.previous if isinstance(name, PagedImplementation) else name
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
+            seen.add(id(config))
+            yield config

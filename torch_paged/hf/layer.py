@@ -1,0 +1,152 @@
+"""PagedLayer: one layer's K and V in the pool, behind the face of a transformers cache layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from torch_paged.hf.call import Call
+from torch_paged.hf.group import LayerGroup, Step
+from torch_paged.hf.paged_kv import GatheredPair, PagedKV
+from torch_paged.hf.pools import GroupKey
+from torch_paged.hf.state import CacheState
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Writes the pool through the tables it shares with the layers that live alike.
+
+    Lengths count columns, pads included, as `generate` does, also where pads are not stored.
+    """
+
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, state: CacheState, sliding_window: int = 0) -> None:
+        # CacheLayerMixin.__init__ would assign `keys` and `values`, which are read from the pool here.
+        self.state = state
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window > 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the layer's columns; the cache releases the blocks."""
+        self.is_initialized = False
+        self.columns = 0
+        self.call: Call | None = None
+        self.group: LayerGroup | None = None
+        self.key_cache: Tensor | None = None
+        self.value_cache: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Join the group of layers with the same device, dtype, heads and window, and take a place in its pool."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        key = GroupKey(
+            device=key_states.device,
+            dtype=key_states.dtype,
+            num_kv_heads=key_states.shape[1],
+            head_dim=key_states.shape[-1],
+            v_head_dim=value_states.shape[-1],
+            sliding_window=self.sliding_window,
+        )
+        self.group = self.state.group(key)
+        with self.group.pool.lock:
+            self.key_cache, self.value_cache = self.group.pool.layer(self.group.num_layers, key_states, value_states)
+        self.group.num_layers += 1
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new columns' K and V, `[batch, num_kv_heads, width, head_dim]`; handles to all of them.
+
+        Raises:
+            PoolExhausted: the pool has too few free blocks; nothing has changed.
+            ValueError: the batch is not the one this cache holds.
+        """
+        batch, num_kv_heads, width, head_dim = key_states.shape
+        call = self.state.call
+        if call is None or call is self.call or (call.num_seqs, call.width) != (batch, width):
+            # Nobody announced this forward pass: an unpatched model, or a layer called by itself.
+            call = self.state.announce(Call(batch, width))
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.group is not None and self.key_cache is not None and self.value_cache is not None
+        step = self.group.plan(call)
+        torch.ops.paged.reshape_and_cache(
+            key_states.detach().transpose(1, 2).reshape(batch * width, num_kv_heads, head_dim),
+            value_states.detach().transpose(1, 2).reshape(batch * width, num_kv_heads, -1),
+            self.key_cache,
+            self.value_cache,
+            step.slot_mapping,
+        )
+        self.call = call
+        self.columns += width
+        pair = GatheredPair(self)
+        return PagedKV(pair, 0, key_states), PagedKV(pair, 1, value_states)
+
+    @property
+    def step(self) -> Step:
+        """The plan of the forward pass that wrote this layer last."""
+        assert self.group is not None and self.call is not None
+        return self.group.plan(self.call)
+
+    def gather(self, columns: int) -> tuple[Tensor, Tensor]:
+        """K and V of the first `columns` columns as stock lays them out, zero where a column is not stored.
+
+        Returns: `[batch, num_kv_heads, columns, head_dim]` and `[batch, num_kv_heads, columns, v_head_dim]`.
+        """
+        assert self.group is not None and self.key_cache is not None and self.value_cache is not None
+        block_table, seq_lens = self.group.tables.step()
+        # A block that left the window is masked wherever it is gathered: any block's content will do.
+        block_table = block_table.clamp(min=0)
+        all_stored = self.state.columns.all_stored
+        stored = None if all_stored else self.state.columns.stored(len(seq_lens))[:, :columns].to(seq_lens.device)
+        seq_lens = torch.full_like(seq_lens, columns) if stored is None else stored.sum(1, dtype=torch.int32)
+        max_seq_len = columns if stored is None else int(seq_lens.max())
+        gathered = torch.ops.paged.gather_cache(self.key_cache, self.value_cache, block_table, seq_lens, max_seq_len)
+        if stored is not None:
+            gathered = tuple(_spread(tokens, seq_lens, stored) for tokens in gathered)
+        return gathered[0].transpose(1, 2), gathered[1].transpose(1, 2)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """K gathered, `[batch, num_kv_heads, columns, head_dim]`; None before the first update."""
+        return self.gather(self.columns)[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """V gathered, `[batch, num_kv_heads, columns, v_head_dim]`; None before the first update."""
+        return self.gather(self.columns)[1] if self.is_initialized else None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # The name in transformers before 5.20.
+    get_max_cache_shape = get_max_length
+
+    def offload(self) -> None:
+        """Blocks stay where they are."""
+
+    def prefetch(self) -> None:
+        """Blocks stay where they are."""
+
+    def activate_past_recording(self) -> None:
+        """Keep blocks that leave the window until the next crop."""
+        self.state.record_past()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise NotImplementedError("layers share a block table: reorder the PagedCache, not one of its layers")
+
+
+def _spread(tokens: Tensor, seq_lens: Tensor, stored: Tensor) -> Tensor:
+    """Tokens packed at the front of each row, `[batch, tokens, heads, dim]`, moved to the columns they stand in."""
+    columns = tokens.new_zeros(*stored.shape, *tokens.shape[2:])
+    columns[stored] = tokens[torch.arange(tokens.shape[1], device=stored.device) < seq_lens[:, None]]
+    return columns

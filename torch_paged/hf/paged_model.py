@@ -1,0 +1,79 @@
+"""The class a patched model gets: its own class, with the seams of `generate` and of a call overridden."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from transformers.cache_utils import DynamicCache
+
+from torch_paged.hf import features
+from torch_paged.hf.announce import announced
+from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.prefill import prefill_once
+from torch_paged.hf.support import Path
+
+if TYPE_CHECKING:
+    from torch_paged.hf.handle import PagedHandle
+
+
+def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
+    """A subclass of `base` with the same name, whose instances are served by `handle`.
+
+    A class of its own for each patched model: nothing is stored on the model, nothing global changes, and decoding
+    methods that `generate` looks up on `type(self)` are found.
+    """
+    parameters = list(inspect.signature(base.forward).parameters)
+
+    class Paged(base):  # type: ignore[misc]
+        @functools.wraps(base.generate)
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            with handle.generation():
+                return super().generate(*args, **kwargs)
+
+        def _prepare_cache_for_generation(
+            self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            users = model_kwargs.get("past_key_values")
+            result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            cache = model_kwargs.get("past_key_values")
+            wants_stock = generation_config.cache_implementation not in (None, "dynamic")
+            if users is None and not wants_stock and cache is not None:
+                model_kwargs["past_key_values"] = handle.replace(self, cache)
+            return result
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            named = dict(zip(parameters[1:], args, strict=False)) | kwargs
+            cache = named.get("past_key_values")
+            if not isinstance(cache, PagedCache):
+                return super().__call__(*args, **kwargs)
+            native = handle.support(self).path is Path.NATIVE
+            with announced(cache, named, native=native, handle=handle):
+                return super().__call__(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+            # Copies and pickles are of the stock class: the patch belongs to this instance alone.
+            function, arguments, *rest = super().__reduce_ex__(protocol)
+            arguments = tuple(base if argument is type(self) else argument for argument in arguments)
+            return (function, arguments, *rest)
+
+    if features.probe()["_prefill"]:
+
+        def _prefill(
+            self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            stock: Callable[..., Any] = functools.partial(base._prefill, self)
+            return prefill_once(stock, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+        Paged._prefill = _prefill
+
+    Paged.__name__, Paged.__qualname__, Paged.__module__ = base.__name__, base.__qualname__, base.__module__
+    Paged.__doc__ = base.__doc__
+    return Paged
+
+
+def is_plain_dynamic(cache: Any) -> bool:
+    """Whether `generate` made the growing cache that paging replaces."""
+    return type(cache) is DynamicCache and not cache.offloading

@@ -1,0 +1,100 @@
+"""patch, unpatch and paged: put a model on a paged pool, and take it off again."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from torch_paged.hf.config import PagedConfig
+from torch_paged.hf.handle import PagedHandle
+
+_lock = threading.RLock()
+_handles: weakref.WeakKeyDictionary[nn.Module, PagedHandle] = weakref.WeakKeyDictionary()
+
+
+def patch(model: nn.Module, **knobs: Any) -> PagedHandle:
+    """Make `model.generate` keep its KV in blocks of a pool. This instance only; the same call, the same tokens.
+
+    Patching twice is one patch. With other knobs than before the second call replaces the configuration, provided
+    that no cache of the model holds blocks. A wrapper (PEFT, DistributedDataParallel, torch.compile) is looked
+    through: what it wraps is patched.
+
+    Args:
+        model: a transformers model with `generate`, or a wrapper around one.
+        **knobs: fields of `PagedConfig`.
+
+    Returns:
+        The handle: `stats()`, `reset_peak()`, `unpatch()`.
+
+    Raises:
+        TypeError: `model` is no transformers model, or a knob is unknown or of the wrong type.
+        ValueError: `model` cannot generate, a knob is out of range, or `strict` and the model does not run natively.
+        RuntimeError: other knobs while a cache of the model holds blocks.
+    """
+    config = PagedConfig(**knobs)
+    inner = unwrap(model)
+    with _lock:
+        handle = _handles.get(inner)
+        if handle is not None and handle.patched:
+            handle.reconfigure(config)
+            return handle
+        handle = PagedHandle(inner, config)
+        handle.install()
+        _handles[inner] = handle
+        return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Make a patched model the stock model again; nothing happens to one that is not patched."""
+    inner = unwrap(model)
+    with _lock:
+        handle = _handles.pop(inner, None)
+        if handle is not None:
+            handle.unpatch()
+
+
+@contextmanager
+def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
+    """`patch` for the length of a `with` block.
+
+    Inside another `paged` or on a patched model, the block runs with its own knobs and restores the outer ones.
+    """
+    inner = unwrap(model)
+    with _lock:
+        outer = _handles.get(inner)
+        outer_config = outer.config if outer is not None and outer.patched else None
+        handle = patch(inner, **knobs)
+    try:
+        yield handle
+    finally:
+        with _lock:
+            if outer_config is None:
+                unpatch(inner)
+            elif handle.patched:
+                handle.reconfigure(outer_config)
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside PEFT, data-parallel and compiled wrappers.
+
+    Raises:
+        TypeError: there is none.
+        ValueError: it has no `generate`.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None)), nn.Module):
+            inner = wrapped
+        else:
+            raise TypeError(f"model: {type(model).__name__}; must be a transformers model or a wrapper of one")
+    if not inner.can_generate():
+        raise ValueError(f"model: {type(inner).__name__} has no generate(); must be a model that can generate")
+    return inner

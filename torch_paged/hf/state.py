@@ -1,0 +1,97 @@
+"""CacheState: what the layers of one PagedCache share, their groups, the stored columns, the current call."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_paged.hf.call import Call, Columns
+from torch_paged.hf.group import LayerGroup
+from torch_paged.hf.pools import GroupKey, Pools
+
+
+class CacheState:
+    """Layers point here and this points at no layer: a dropped cache is freed at once, without the cycle collector."""
+
+    def __init__(self, pools: Pools, layers_per_window: dict[int, int]) -> None:
+        self.pools = pools
+        self.layers_per_window = layers_per_window
+        self.groups: dict[GroupKey, LayerGroup] = {}
+        self.columns = Columns()
+        self.call: Call | None = None
+        self.num_seqs: int | None = None
+        self.recording_past = False
+
+    def announce(self, call: Call) -> Call:
+        """Make `call` the forward pass that the layers' next updates belong to."""
+        if self.num_seqs is None:
+            self.num_seqs = call.num_seqs
+        elif call.num_seqs != self.num_seqs:
+            raise ValueError(f"batch size: {call.num_seqs}; must be {self.num_seqs}, the rows this PagedCache holds")
+        self.call = call
+        self.columns.append(call)
+        return call
+
+    def group(self, key: GroupKey) -> LayerGroup:
+        group = self.groups.get(key)
+        if group is None:
+            assert self.num_seqs is not None
+            pool = self.pools.get(key, self.layers_per_window[key.sliding_window])
+            group = self.groups[key] = LayerGroup(pool, key, self.num_seqs)
+            if self.recording_past:
+                group.record_past()
+        return group
+
+    def rollback(self, call: Call) -> None:
+        """Undo `announce(call)` and what the groups planned for it."""
+        for group in self.groups.values():
+            group.rollback(call)
+        if self.call is call:
+            self.columns.crop(call.width)
+            self.call = None
+            if self.columns.count == 0:
+                self.release()
+
+    def crop(self, width: int) -> None:
+        dropped = self.columns.crop(min(width, self.columns.count))
+        assert self.num_seqs is not None
+        for group in self.groups.values():
+            group.crop(np.broadcast_to(np.asarray(dropped, dtype=np.int64), (self.num_seqs,)))
+        self.call = None
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was: reorder, repeat and drop are all this, and move no KV byte."""
+        if self.num_seqs is None:
+            return
+        rows = rows.cpu()
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        indices = rows.numpy().astype(np.int64)
+        for group in self.groups.values():
+            group.select(indices)
+        self.columns.select(rows)
+        self.num_seqs = len(indices)
+        self.call = None
+
+    def record_past(self) -> None:
+        self.recording_past = True
+        for group in self.groups.values():
+            group.record_past()
+
+    def fork(self) -> CacheState:
+        """A state of its own over the same blocks; whoever writes a shared block first gets a copy of it."""
+        twin = CacheState(self.pools, self.layers_per_window)
+        twin.groups = {key: group.fork() for key, group in self.groups.items()}
+        twin.columns = self.columns.copy()
+        twin.num_seqs = self.num_seqs
+        twin.recording_past = self.recording_past
+        return twin
+
+    def release(self) -> None:
+        for group in self.groups.values():
+            group.release()
+        self.groups.clear()
+        self.columns = Columns()
+        self.call = None
+        self.num_seqs = None

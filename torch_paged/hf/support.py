@@ -1,0 +1,80 @@
+"""Which models run natively, which gather, which keep stock's cache, and how that is said."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+logger = logging.getLogger("torch_paged")
+
+NATIVE_MODEL_TYPES = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
+
+
+class Path(Enum):
+    """How a model's KV is handled while it is patched; the value says it to the user."""
+
+    NATIVE = "attention reads the blocks in place"
+    GATHER = (
+        "KV is stored in blocks and gathered for the model's own attention: the same tokens and the same memory held, "
+        "one layer's K and V copied in every layer and step"
+    )
+    STOCK = "the model keeps the stock cache: nothing is paged"
+
+
+@dataclass(frozen=True)
+class Support:
+    path: Path
+    reason: str = ""
+
+
+def model_support(model: PreTrainedModel) -> Support:
+    """The path `generate` takes with the cache it would make for `model`."""
+    config = model.config
+    if config.is_encoder_decoder:
+        return Support(Path.STOCK, "encoder-decoder models are not paged yet")
+    devices = {p.device.type for p in model.parameters()} - {"meta", "cpu"}
+    for device in sorted(devices):
+        if not _has_kernel("paged::attention", device):
+            return Support(Path.STOCK, f"this build has no paged attention for device {device!r}")
+    if config.model_type not in NATIVE_MODEL_TYPES:
+        return Support(Path.GATHER, f"model type {config.model_type!r} is not among the native ones")
+    if getattr(config, "add_cross_attention", False):
+        return Support(Path.GATHER, "cross-attention is not among the native paths")
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return Support(Path.GATHER, "reorder_and_upcast_attn has its own attention code")
+    return Support(Path.NATIVE)
+
+
+def unsupported_head_dim(config: Any) -> str | None:
+    """Why the attention op cannot take this config's heads, or None."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim % 8 or head_dim > 512:
+        return f"head_dim {head_dim} is no multiple of 8 up to 512"
+    return None
+
+
+class Voice:
+    """Says each reason once for one patched model: a warning, or with `strict` an error."""
+
+    def __init__(self, model_class: str) -> None:
+        self.model_class = model_class
+        self._said: set[str] = set()
+
+    def say(self, support: Support, strict: bool) -> None:
+        """Raises: ValueError if `strict`, naming class, reason and what strict=False would do."""
+        text = f"{self.model_class}: {support.reason}; {support.path.value}"
+        if strict:
+            raise ValueError(f"{text} (strict=False runs it so)")
+        if support.reason not in self._said:
+            self._said.add(support.reason)
+            logger.warning(text)
+
+
+def _has_kernel(op: str, device_type: str) -> bool:
+    key = {"cuda": "CUDA", "cpu": "CPU"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
