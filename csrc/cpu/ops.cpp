@@ -141,6 +141,7 @@ void check_block_ranges(const int64_t* pairs, int64_t num_pairs, int64_t src_blo
     }
 }
 
+// Call after check_block_ranges: the set takes no negative id.
 void check_destinations(const int64_t* pairs, int64_t num_pairs, bool sources_are_destinations) {
   IdSet destinations(num_pairs);
   for (int64_t i = 0; i < num_pairs; ++i)
@@ -172,13 +173,14 @@ void copy_blocks(std::vector<Tensor> key_caches, std::vector<Tensor> value_cache
   check_copy_blocks(key_caches, value_caches, block_mapping);
   const int64_t* pairs = block_mapping.const_data_ptr<int64_t>();
   const int64_t num_pairs = block_mapping.size(0);
-  check_destinations(pairs, num_pairs, true);
   std::vector<cpu::LayerCopy> layers;
   for (const auto* caches : {&key_caches, &value_caches})
     for (const Tensor& cache : *caches) {
       check_block_ranges(pairs, num_pairs, cache.size(0), cache.size(0));
       layers.push_back(layer_copy(cache, cache));
     }
+  if (layers.empty()) return;
+  check_destinations(pairs, num_pairs, true);
   cpu::copy_blocks(layers, pairs, num_pairs);
 }
 
@@ -193,6 +195,7 @@ void swap_blocks(std::vector<Tensor> src, std::vector<Tensor> dst, const Tensor&
     layers.push_back(layer_copy(src[i], dst[i]));
     within_one = within_one || layers.back().src == layers.back().dst;
   }
+  if (layers.empty()) return;
   check_destinations(pairs, num_pairs, within_one);
   cpu::copy_blocks(layers, pairs, num_pairs);
 }
