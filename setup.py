@@ -1,5 +1,6 @@
 """Compiles torch_paged/_C.so and, where nvcc is found, torch_paged/_cuda.so with ninja, in build/native."""
 
+import fcntl
 import json
 import os
 import platform
@@ -62,20 +63,22 @@ class BuildNative(build_ext):
         file = _cpu_part(torch, compiler)
         if architectures:
             _cuda_part(file, torch, nvcc, architectures)
-        _write_if_changed(BUILD / "build.ninja", file.text)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.call([*ninja, "-C", str(BUILD), *jobs]):
-            raise SystemExit(
-                "torch_paged: the compiler stopped at the error above"
-                + ("; to build without the CUDA kernels, set TORCH_PAGED_CUDA_ARCHS=none" if architectures else "")
-            )
         info = {
             "cpu_instruction_sets": list(INSTRUCTION_SETS),
             "cuda_architectures": architectures,
-            "compiler": _first_line([compiler[0], "--version"]),
+            "compiler": _first_line([*compiler, "--version"]),
             "nvcc": _first_line([nvcc, "--version"], last=True) if architectures else None,
         }
-        self._install(file.libraries, info)
+        BUILD.mkdir(parents=True, exist_ok=True)
+        # Two builds at once in one folder would spoil ninja's log of what is up to date.
+        with (BUILD / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _write_if_changed(BUILD / "build.ninja", file.text)
+            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+            if subprocess.call([*ninja, "-C", str(BUILD), *jobs]):
+                without_cuda = "; to build without CUDA, set TORCH_PAGED_CUDA_ARCHS=none" if architectures else ""
+                raise SystemExit(f"torch_paged: the compiler stopped at the error above{without_cuda}")
+            self._install(file.libraries, info)
 
     def _install(self, libraries: list[str], info: dict) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "torch_paged"
@@ -112,7 +115,10 @@ def _cpu_part(torch: Path, compiler: list[str]) -> NinjaFile:
 
     file = NinjaFile("ninja_required_version = 1.5\n")
     # No -ffast-math: it would break NaN and -inf, which masking and empty rows rely on.
-    flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -fno-math-errno -fno-trapping-math"
+    flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall"
+    if "clang" not in _first_line([*compiler, "--version"]):
+        # GCC 12 takes the deliberately undefined operands in its own AVX-512 headers for mistakes.
+        flags += " -Wno-maybe-uninitialized"
     command = f"{shlex.join(compiler)} {flags} {_torch_flags(torch)} $flags -MMD -MF $out.d -c $in -o $out"
     file.rule("cxx", command, depfile=True)
     file.rule("link", f"{shlex.join(compiler)} -shared $in {_link_torch(torch, '-Wl,')} -o $out")
@@ -166,7 +172,6 @@ def _require_compiler() -> list[str]:
             f"torch_paged: C++ compiler not found: {command[0]}; "
             "install GCC 11+ or Clang 12+ (Debian, Ubuntu: `apt-get install g++`), or name one in CXX"
         )
-    BUILD.mkdir(parents=True, exist_ok=True)
     for flags in INSTRUCTION_SETS.values():
         probe = [*command, *flags.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", os.devnull]
         if subprocess.run(probe, capture_output=True).returncode:
