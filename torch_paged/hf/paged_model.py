@@ -55,9 +55,8 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
             # Copies and pickles are of the stock class: the patch belongs to this instance alone.
-            function, arguments, *rest = super().__reduce_ex__(protocol)
-            arguments = tuple(base if argument is type(self) else argument for argument in arguments)
-            return (function, arguments, *rest)
+            _, _, *state = super().__reduce_ex__(protocol)
+            return (object.__new__, (base,), *state)
 
     if features.probe()["_prefill"]:
 

@@ -1,0 +1,270 @@
+"""The host is left as it was found: patching, unpatching, copies, wrappers, exceptions, training, threads."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
+
+import torch_paged
+
+from .models import batch, generate, tiny, tiny_t5, twin
+
+
+def _snapshot(model: PreTrainedModel) -> tuple[Any, ...]:
+    names = {
+        name: module.config._attn_implementation for name, module in model.named_modules() if hasattr(module, "config")
+    }
+    return type(model), names, model.config.to_dict(), sorted(model.__dict__), type(model.config._attn_implementation)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_unpatch_restores_everything(name: str) -> None:
+    model, inputs = tiny(name), batch([9, 5])
+    before, expected = _snapshot(model), generate(model, inputs)
+    handle = torch_paged.patch(model)
+    assert isinstance(model, before[0]) and type(model).__name__ == before[0].__name__
+    generate(model, inputs)
+    torch_paged.unpatch(model)
+    handle.unpatch()
+    assert _snapshot(model) == before
+    assert torch.equal(generate(model, inputs), expected)
+
+
+@pytest.mark.parametrize("step", [0, 1, 7])
+@pytest.mark.parametrize("where", ["processor", "criterion", "hook"])
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}])
+def test_exceptions_inside_generate(where: str, step: int, kwargs: dict[str, int]) -> None:
+    model, inputs = tiny("mistral"), batch([20, 5])
+    before, expected = _snapshot(model), generate(model, inputs, eos_token_id=None, **kwargs)
+    calls = 0
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > step:
+            raise KeyError("planted")
+        return torch.zeros(len(args[0]), dtype=torch.bool) if where == "criterion" else args[1]
+
+    extra: dict[str, Any] = {}
+    hook = None
+    handle = torch_paged.patch(model, block_size=4)
+    if where == "processor":
+        extra["logits_processor"] = LogitsProcessorList([fail])
+    elif where == "criterion":
+        extra["stopping_criteria"] = [fail]
+    else:
+        hook = model.model.layers[1].register_forward_pre_hook(lambda module, args: None if fail(0, 0) else None)
+    with pytest.raises(KeyError, match="planted") as raised:
+        generate(model, inputs, eos_token_id=None, **extra, **kwargs)
+    # The traceback still holds generate's frames, and no block all the same.
+    assert raised.value.__traceback__ is not None
+    assert handle.stats().blocks_used == 0
+    if hook is not None:
+        hook.remove()
+    assert torch.equal(generate(model, inputs, eos_token_id=None, **kwargs), expected)
+    handle.unpatch()
+    assert _snapshot(model) == before
+
+
+def test_patching_twice_is_one_patch() -> None:
+    model = tiny("llama")
+    before = _snapshot(model)
+    handle = torch_paged.patch(model)
+    patched_class = type(model)
+    assert torch_paged.patch(model) is handle and type(model) is patched_class
+    torch_paged.unpatch(model)
+    torch_paged.unpatch(model)
+    assert _snapshot(model) == before
+
+
+def test_other_knobs_need_an_idle_model() -> None:
+    model, inputs = tiny("llama"), batch([9])
+    handle = torch_paged.patch(model, block_size=4)
+    out = generate(model, inputs, return_dict_in_generate=True)
+    with pytest.raises(RuntimeError, match="1 of its caches hold blocks"):
+        torch_paged.patch(model, block_size=8)
+    assert handle.config.block_size == 4
+    del out
+    assert torch_paged.patch(model, block_size=8) is handle
+    assert handle.config == torch_paged.PagedConfig(block_size=8)
+
+
+def test_nested_paged_restores_the_outer_knobs() -> None:
+    model = tiny("llama")
+    before = _snapshot(model)
+    with torch_paged.paged(model, block_size=4) as outer:
+        with torch_paged.paged(model, block_size=32) as inner:
+            assert inner is outer and inner.config.block_size == 32
+            generate(model, batch([9]))
+        assert outer.config.block_size == 4 and outer.patched
+    assert not outer.patched and _snapshot(model) == before
+
+
+def test_two_models_that_share_a_config() -> None:
+    first, inputs = tiny("llama"), batch([9, 5])
+    second = LlamaForCausalLM(first.config).eval()
+    expected = generate(second, inputs)
+    with torch_paged.paged(first):
+        assert torch.equal(generate(second, inputs), expected)
+        with torch_paged.paged(second):
+            torch_paged.unpatch(first)
+            assert torch.equal(generate(second, inputs), expected)
+            assert second.config._attn_implementation == "torch_paged"
+    assert second.config._attn_implementation == "sdpa" and type(second.config._attn_implementation) is str
+
+
+def _by_deepcopy(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    return copy.deepcopy(model)
+
+
+def _by_pickle(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    data = pickle.dumps(model)
+    assert b"torch_paged" not in data
+    return pickle.loads(data)
+
+
+def _by_torch_save(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    assert b"torch_paged" not in buffer.getvalue()
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def _by_save_pretrained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    assert "torch_paged" not in (folder / "config.json").read_text()
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def _by_config(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    other = AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("copied", [_by_deepcopy, _by_pickle, _by_torch_save, _by_save_pretrained, _by_config])
+def test_copies_of_a_patched_model_are_stock(copied: Any, tmp_path: Path) -> None:
+    model, inputs = tiny("llama"), batch([9, 5])
+    stock_class, expected = type(model), generate(model, inputs)
+    with torch_paged.paged(model):
+        other = copied(model, tmp_path)
+        assert type(other) is stock_class
+        assert other.config._attn_implementation == "sdpa" and type(other.config._attn_implementation) is str
+        assert torch.equal(generate(other, inputs), expected)
+
+
+def test_training_steps_are_bit_for_bit_stocks_while_patched() -> None:
+    model, inputs = tiny("llama"), batch([9, 9])
+    stock = twin(model)
+
+    def gradients(model: PreTrainedModel) -> list[torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    with torch_paged.paged(model):
+        generate(model.eval(), inputs)
+        for want, got in zip(gradients(stock), gradients(model), strict=True):
+            assert torch.equal(want, got)
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_wrappers_are_looked_through() -> None:
+    model, inputs = tiny("llama"), batch([9])
+    expected = generate(model, inputs)
+    wrapped = torch.compile(_Wrapper(model), backend="eager")
+    handle = torch_paged.patch(wrapped)
+    assert torch.equal(generate(model, inputs), expected)
+    assert handle.stats().peak_bytes > 0
+    torch_paged.unpatch(wrapped)
+    assert not handle.patched
+
+
+def test_two_threads_on_one_model() -> None:
+    model = tiny("llama")
+    prompts = [batch([9 + n, 5], seed=n) for n in range(4)]
+    expected = [generate_greedy(model, inputs) for inputs in prompts]
+    results: dict[int, torch.Tensor] = {}
+    with torch_paged.paged(model, block_size=2) as handle:
+        threads = [
+            threading.Thread(target=lambda n=n: results.__setitem__(n, generate_greedy(model, prompts[n])))
+            for n in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert handle.stats().blocks_used == 0
+    assert [torch.equal(results[n], expected[n]) for n in range(4)] == [True] * 4
+
+
+def generate_greedy(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    return model.generate(**inputs, do_sample=False, max_new_tokens=24, pad_token_id=0, eos_token_id=None)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny("gemma"), tiny_t5])
+def test_strict_raises_instead_of_falling_back(make: Any) -> None:
+    model = make()
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match=type(model).__name__):
+        torch_paged.patch(model, strict=True)
+    assert _snapshot(model) == before
+
+
+def test_strict_calls_raise_too() -> None:
+    model = tiny("llama")
+    with torch_paged.paged(model, strict=True), torch.no_grad():
+        cache = torch_paged.PagedCache(model.config)
+        with pytest.raises(ValueError, match="not one row of columns"):
+            model(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 1, 2, 2), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error", "message"),
+    [
+        ({"block_size": 12}, ValueError, "block_size: 12; must be a power of two"),
+        ({"block_size": 512}, ValueError, "block_size: 512"),
+        ({"block_size": 16.0}, TypeError, "block_size: float; must be an int"),
+        ({"strict": 1}, TypeError, "strict: int; must be a bool"),
+        ({"max_memory": "many"}, ValueError, "max_memory"),
+        ({"max_memory": -1}, ValueError, "max_memory"),
+        ({"pages": 3}, TypeError, "pages"),
+    ],
+)
+def test_bad_knobs_leave_the_model_alone(knobs: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = tiny("llama")
+    before = _snapshot(model)
+    for take in (torch_paged.patch, lambda model, **knobs: torch_paged.PagedCache(model.config, **knobs)):
+        with pytest.raises(error, match=message):
+            take(model, **knobs)
+    assert _snapshot(model) == before
+
+
+def test_what_cannot_be_patched() -> None:
+    with pytest.raises(TypeError, match="model: Linear; must be a transformers model"):
+        torch_paged.patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="LlamaModel has no generate"):
+        torch_paged.patch(tiny("llama").model)
+
+
+def test_logger_has_a_null_handler() -> None:
+    handlers = logging.getLogger("torch_paged").handlers
+    assert any(isinstance(handler, logging.NullHandler) for handler in handlers)
