@@ -5,10 +5,13 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
 #include "attention.h"
-#include "attention_plain.h"
+#include "attention_float64.h"
+#include "attention_plan.h"
+#include "dispatch.h"
 
 namespace paged {
 namespace {
@@ -73,6 +76,40 @@ CacheStrides strides_of_cache(const Tensor& cache) {
   return {cache.stride(0), cache.stride(1), cache.stride(2), cache.size(3) > 1 ? cache.stride(3) : 1};
 }
 
+// Memory of the calling thread that only grows.
+float* workspace(int64_t floats) {
+  static thread_local std::vector<float> memory;
+  constexpr size_t line = 64;
+  if (memory.size() * sizeof(float) < floats * sizeof(float) + line) memory.resize(floats + line / sizeof(float));
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
+}
+
+void attend_in_double(const AttentionCall& call) {
+  torch::stable::parallel_for(0, call.num_tokens * call.num_heads, 1,
+                              [&](int64_t begin, int64_t end) { attention_float64(call, begin, end); });
+}
+
+void attend(const AttentionCall& call, const AttentionKernels& kernels, const SplitPolicy& policy) {
+  static thread_local AttentionPlan plan_of_thread;
+  AttentionPlan& plan = plan_of_thread;
+  plan_attention(call, policy, plan);
+  const int64_t scratch = scratch_floats(call);
+  float* const partials = workspace(plan.num_threads() * scratch + plan.partial_floats);
+  float* const scratches = partials + plan.partial_floats;
+  torch::stable::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = plan.thread_begin[thread]; i < plan.thread_begin[thread + 1]; ++i) {
+        const AttentionWork& work = plan.work[i];
+        const AttendPiece attend_piece = rows_of(work) <= kDecodeRows ? kernels.decode : kernels.prefill;
+        attend_piece(call, work, scratches + thread * scratch, partials);
+      }
+  });
+  torch::stable::parallel_for(0, int64_t(plan.merges.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.merge(call, plan.work.data() + plan.merges[i].first, plan.merges[i].count, partials);
+  });
+}
+
 std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                                const Tensor& block_table, const Tensor& seq_lens, const Tensor& cu_seqlens_q,
                                int64_t max_query_len, std::optional<double> scale, bool causal, int64_t sliding_window,
@@ -123,21 +160,19 @@ std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key_cache, con
   call.causal = causal;
   check_positions(call, key_cache.size(0), block_table.size(1), max_query_len);
 
+  const SplitPolicy policy{torch::stable::get_num_threads(), num_splits, deterministic, int64_t(query.element_size())};
+
   Tensor out = torch::stable::new_empty(query, {call.num_tokens, call.num_heads, call.v_head_dim});
   Tensor lse = torch::stable::new_empty(query, {call.num_heads, with_lse ? call.num_tokens : 0}, ScalarType::Float);
   call.out = out.mutable_data_ptr();
   call.lse = with_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   if (call.num_tokens == 0 || call.num_heads == 0) return {out, lse};
 
-  const auto rows = [&](auto attend_rows) {
-    torch::stable::parallel_for(0, call.num_tokens * call.num_heads, 1,
-                                [&](int64_t begin, int64_t end) { attend_rows(call, begin, end); });
-  };
   switch (query.scalar_type()) {
-    case ScalarType::Double: rows(attention_plain_float64); break;
-    case ScalarType::Float: rows(attention_plain_float32); break;
-    case ScalarType::BFloat16: rows(attention_plain_bfloat16); break;
-    default: rows(attention_plain_float16); break;
+    case ScalarType::Double: attend_in_double(call); break;
+    case ScalarType::Float: attend(call, cpu_kernels().attention_float32, policy); break;
+    case ScalarType::BFloat16: attend(call, cpu_kernels().attention_bfloat16, policy); break;
+    default: attend(call, cpu_kernels().attention_float16, policy); break;
   }
   return {out, lse};
 }

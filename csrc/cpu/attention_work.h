@@ -1,0 +1,47 @@
+// A piece of work of one attention call: some query rows of one KV head against a range of keys.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace paged {
+
+// Query row r of a piece is head `head_begin + r % head_count` of query `query_begin + r / head_count`.
+struct AttentionWork {
+  int64_t seq, kv_head;
+  int64_t head_begin, head_count;    // query heads, all of `kv_head`'s group
+  int64_t query_begin, query_count;  // queries, counted within the sequence
+  int64_t key_begin, key_end;
+  int64_t partial;  // where the piece's partial result begins, in floats; -1: the piece writes the output itself
+};
+
+constexpr int64_t kDecodeRows = 8;    // up to this many rows read K and V in place
+constexpr int64_t kPrefillRows = 64;  // rows that share one packed tile of K and V
+constexpr int64_t kTileKeys = 64;     // keys between two updates of the softmax
+constexpr int64_t kPadding = 32;      // floats; packed rows are zero-padded to a multiple, two vectors of any machine
+
+static inline int64_t padded(int64_t size) { return (size + kPadding - 1) / kPadding * kPadding; }
+
+static inline int64_t rows_of(const AttentionWork& work) { return work.query_count * work.head_count; }
+
+// A partial result: per row an unnormalised output [padded(v_head_dim)], then all rows' maxima, then all rows' sums.
+static inline int64_t partial_floats(int64_t rows, int64_t v_head_dim) { return rows * (padded(v_head_dim) + 2); }
+
+// What a kernel needs for itself: packed query, K, V, scores (twice) and output.
+static inline int64_t scratch_floats(const AttentionCall& call) {
+  const int64_t k = padded(call.head_dim), v = padded(call.v_head_dim);
+  return kPrefillRows * (k + v + 2 * kTileKeys) + kTileKeys * (k + v);
+}
+
+using AttendPiece = void (*)(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials);
+using MergePieces = void (*)(const AttentionCall& call, const AttentionWork* pieces, int64_t count, float* partials);
+
+// The kernels for one storage type on one instruction set.
+struct AttentionKernels {
+  AttendPiece decode;   // at most kDecodeRows rows
+  AttendPiece prefill;  // at most kPrefillRows rows
+  MergePieces merge;    // the pieces of the same rows, in the order of their keys
+};
+
+}  // namespace paged

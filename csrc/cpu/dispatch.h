@@ -1,0 +1,23 @@
+// The kernels of the instruction set in use, chosen when the first op runs.
+#pragma once
+
+#include <string>
+
+#include "attention_work.h"
+
+namespace paged {
+
+struct CpuKernels {
+  const char* name;
+  bool (*machine_has_it)();
+  AttentionKernels attention_float32, attention_bfloat16, attention_float16;
+};
+
+// The best set that this machine runs, or the one named by the environment variable TORCH_PAGED_CPU_ISA.
+// Throws std::runtime_error if that name is unknown or the machine lacks the set.
+const CpuKernels& cpu_kernels();
+
+// Compiled sets that this machine runs, from the slowest to the fastest, joined by commas.
+std::string supported_instruction_sets();
+
+}  // namespace paged

@@ -1,0 +1,274 @@
+// Attention of a few query rows that share a KV head: each byte of K and V is read once, in place, for all of them.
+#include "attention_rows.h"
+#include "cached_rows.h"
+
+namespace paged::PAGED_ISA {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 16;  // of 32 registers
+#else
+constexpr int kAccumulators = 8;  // of 16 registers
+#endif
+
+// How a query row is packed and multiplied with a stored row of keys.
+template <class Stored>
+struct FloatDot {
+  using Query = float;
+  static constexpr int kStep = kChunk;  // elements of a row
+  using Part = Chunk;
+  template <class T>
+  PAGED_INLINE void pack(const T* row, int64_t d, int64_t size, float* to) {
+    store_chunk(to + d, load_chunk(row + d, size - d));
+  }
+  PAGED_INLINE Part load_part(const Stored* from) { return load_chunk(from); }
+  PAGED_INLINE Vec multiply_add(Vec sum, Part key, const float* query) {
+    return sum + key.first * load(query) + key.second * load(query + kLanes);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Dot {
+  using Query = BFloat16;
+  static constexpr int kStep = kChunk;
+  using Part = BitVec;
+  PAGED_INLINE void pack(const BFloat16* row, int64_t d, int64_t size, BFloat16* to) {
+    std::memcpy(to + d, row + d, (size - d < kStep ? size - d : kStep) * sizeof(BFloat16));
+  }
+  PAGED_INLINE Part load_part(const BFloat16* from) { return load_as<BitVec>(from); }
+  PAGED_INLINE Vec multiply_add(Vec sum, Part key, const BFloat16* query) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)key, load_as<__m512bh>(query));
+  }
+};
+#else
+using BFloat16Dot = FloatDot<BFloat16>;
+#endif
+
+constexpr int period_of(int rows) { return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8; }
+
+// Rows that the next step reads, fetched into the processor's cache during this one.
+struct NextRows {
+  const void* const* rows;
+  int64_t count, bytes;
+};
+
+PAGED_INLINE void prefetch_row(const NextRows& next, int64_t i) {
+  if (i >= next.count) return;
+  const char* row = static_cast<const char*>(next.rows[i]);
+  for (int64_t at = 0; at < next.bytes; at += 64) __builtin_prefetch(row + at);
+}
+
+// scores [count][period] = keys x query.
+template <int rows, class Dot, class Stored>
+void score_keys(const typename Dot::Query* query, int64_t query_stride, const Stored* const* keys, int64_t count,
+                int64_t size, float* scores, const NextRows& next) {
+  constexpr int period = period_of(rows);
+  constexpr int together = period < kLanes ? kLanes / period : 1;
+  for (int64_t first = 0; first < count; first += together) {
+    const Stored* key[together];
+#pragma GCC unroll 16
+    for (int k = 0; k < together; ++k) {
+      const int64_t i = first + k < count ? first + k : count - 1;
+      key[k] = keys[i];
+      prefetch_row(next, first + k);
+    }
+    Vec sum[together * period] = {};
+    for (int64_t d = 0; d < size; d += Dot::kStep) {
+#pragma GCC unroll 16
+      for (int k = 0; k < together; ++k) {
+        const typename Dot::Part part = Dot::load_part(key[k] + d);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+          sum[k * period + r] = Dot::multiply_add(sum[k * period + r], part, query + r * query_stride + d);
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < together * period; v += kLanes) store(scores + first * period + v, sums(sum + v));
+  }
+}
+
+// accumulated [rows][width] += weights [count][period] x values, for `chunks` chunks of the values' rows from `d` on.
+template <int rows, int chunks, class Stored>
+PAGED_INLINE void add_chunks(const float* weights, int period, const Stored* const* values, int64_t count, int64_t d,
+                             float* accumulated, int64_t width, const NextRows& next) {
+  Chunk sum[rows][chunks];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < chunks; ++c) sum[r][c] = load_chunk(accumulated + r * width + d + c * kChunk);
+  for (int64_t k = 0; k < count; ++k) {
+    const Stored* value = values[k] + d;
+    prefetch_row(next, k);
+#pragma GCC unroll 4
+    for (int c = 0; c < chunks; ++c) {
+      const Chunk part = load_chunk(value + c * kChunk);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        sum[r][c].first += part.first * weights[k * period + r];
+        sum[r][c].second += part.second * weights[k * period + r];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < chunks; ++c) store_chunk(accumulated + r * width + d + c * kChunk, sum[r][c]);
+}
+
+template <int rows, class Stored>
+void add_values(const float* weights, int period, const Stored* const* values, int64_t count, int64_t size,
+                float* accumulated, int64_t width, NextRows next) {
+  constexpr int at_once = kAccumulators / 2;
+  if constexpr (rows > at_once) {
+    add_values<at_once>(weights, period, values, count, size, accumulated, width, next);
+    add_values<rows - at_once>(weights + at_once, period, values, count, size, accumulated + at_once * width, width,
+                               NextRows{});
+  } else {
+    constexpr int fitting = at_once / rows, chunks = fitting > 4 ? 4 : fitting;
+    int64_t d = 0;
+    for (; d + chunks * kChunk <= size; d += chunks * kChunk, next = {})
+      add_chunks<rows, chunks>(weights, period, values, count, d, accumulated, width, next);
+    for (; d < size; d += kChunk, next = {})
+      add_chunks<rows, 1>(weights, period, values, count, d, accumulated, width, next);
+  }
+}
+
+// Calls `run` with the number of rows as a compile-time constant.
+template <class Run>
+PAGED_INLINE void with_rows(int64_t rows, const Run& run) {
+  switch (rows) {
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 3: return run(std::integral_constant<int, 3>{});
+    case 4: return run(std::integral_constant<int, 4>{});
+    case 5: return run(std::integral_constant<int, 5>{});
+    case 6: return run(std::integral_constant<int, 6>{});
+    case 7: return run(std::integral_constant<int, 7>{});
+    default: return run(std::integral_constant<int, 8>{});
+  }
+}
+
+// Adds the weighted values of a tile. A value that a row does not see is not multiplied by its weight of 0, as it may
+// be NaN: keys that all rows see are taken together, the others row by row.
+template <class Stored>
+void accumulate(const Rows& rows, int64_t count, const float* weights, const Stored* const* values, int64_t first_key,
+                int64_t keys, int64_t size, float* accumulated, const NextRows& next) {
+  const int64_t width = padded(size);
+  for (int64_t r = 0; r < count; ++r) {
+    if (rows.correction[r] == 1) continue;
+    for (int64_t d = 0; d < width; d += kLanes)
+      store(accumulated + r * width + d, load(accumulated + r * width + d) * rows.correction[r]);
+  }
+  const auto within = [&](int64_t key) { return min(max(key - first_key, 0), keys); };
+  int64_t begin = within(rows.every_begin), end = within(rows.every_end);
+  if (begin >= end) begin = end = keys;
+  with_rows(count, [&](auto n) {
+    add_values<n>(weights + begin * rows.period, rows.period, values + begin, end - begin, size, accumulated, width,
+                  next);
+  });
+  const auto add_to_row = [&](int64_t r, int64_t from, int64_t to) {
+    if (from < to)
+      add_values<1>(weights + from * rows.period + r, rows.period, values + from, to - from, size,
+                    accumulated + r * width, width, NextRows{});
+  };
+  for (int64_t r = 0; r < count; ++r) {
+    add_to_row(r, within(rows.begin[r]), min(within(rows.end[r]), begin));
+    add_to_row(r, max(within(rows.begin[r]), end), within(rows.end[r]));
+  }
+}
+
+// Pointers to the rows of two tiles, so that one can be fetched while the other is used.
+template <class T>
+struct TileRows {
+  const T *key[kTileKeys], *value[kTileKeys];
+};
+
+template <class T>
+void pack_rows(const T* const* rows, int64_t count, int64_t size, int64_t stride, float* packed,
+               const float** packed_rows) {
+  const int64_t width = padded(size);
+  for (int64_t i = 0; i < count; ++i) {
+    packed_rows[i] = packed + i * width;
+    for (int64_t d = 0; d < size; d += kChunk)
+      store_chunk(packed + i * width + d, gather_chunk(rows[i], d, size, stride));
+  }
+}
+
+// `Stored` is T where rows are read in place, float where they are packed first.
+template <class T, class Stored, class Dot, bool in_place>
+void decode(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
+  const int64_t count = rows_of(work), key_width = padded(call.head_dim), value_width = padded(call.v_head_dim);
+  float* accumulated = scratch;
+  float* packed_keys = accumulated + kDecodeRows * value_width;
+  float* packed_values = packed_keys + kTileKeys * key_width;
+  auto* query = reinterpret_cast<typename Dot::Query*>(packed_values + kTileKeys * value_width);
+  std::memset(accumulated, 0, count * value_width * sizeof(float));
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t d = 0; d < call.head_dim; d += Dot::kStep)
+      Dot::pack(query_row<T>(call, work, r), d, call.head_dim, query + r * key_width);
+
+  Rows rows;
+  begin_rows(call, work, 0, count, period_of(int(count)), rows);
+  const Scoring how = scoring(call, work);
+  alignas(64) float scores[kTileKeys * kDecodeRows];
+  TileRows<T> cached[2];
+  TileRows<Stored> packed;
+  const auto find = [&](int64_t first, int64_t keys, TileRows<T>& tile) {
+    find_rows(call, work, call.key_cache, call.key, first, keys, tile.key);
+    find_rows(call, work, call.value_cache, call.value, first, keys, tile.value);
+  };
+  find(work.key_begin, min(kTileKeys, work.key_end - work.key_begin), cached[0]);
+  int current = 0;
+  for (int64_t first = work.key_begin; first < work.key_end; first += kTileKeys, current ^= 1) {
+    const int64_t keys = min(kTileKeys, work.key_end - first);
+    const int64_t next_keys = min(kTileKeys, work.key_end - first - keys);
+    const TileRows<T>& tile = cached[current];
+    TileRows<T>& next = cached[current ^ 1];
+    find(first + keys, next_keys, next);
+    const Stored* const* key_rows;
+    const Stored* const* value_rows;
+    if constexpr (in_place) {
+      key_rows = tile.key;
+      value_rows = tile.value;
+    } else {
+      pack_rows(tile.key, keys, call.head_dim, call.key.dim, packed_keys, packed.key);
+      pack_rows(tile.value, keys, call.v_head_dim, 1, packed_values, packed.value);
+      key_rows = packed.key;
+      value_rows = packed.value;
+    }
+    const auto as_next = [](const T* const* rows, int64_t n, int64_t size) {
+      return NextRows{reinterpret_cast<const void* const*>(rows), in_place ? n : 0, size * int64_t(sizeof(T))};
+    };
+    with_rows(count, [&](auto n) {
+      score_keys<n, Dot>(query, key_width, key_rows, keys, call.head_dim, scores,
+                         as_next(tile.value, keys, call.v_head_dim));
+    });
+    online_softmax(rows, how, scores, first, keys);
+    accumulate(rows, count, scores, value_rows, first, keys, call.v_head_dim, accumulated,
+               as_next(next.key, next_keys, call.head_dim));
+  }
+  end_rows<T>(call, work, 0, count, rows, accumulated, partials);
+}
+
+template <class T, class Dot>
+void decode(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
+  const bool in_place = call.key.dim == 1 && call.head_dim % kChunk == 0 && call.v_head_dim % kChunk == 0;
+  if (in_place)
+    decode<T, T, Dot, true>(call, work, scratch, partials);
+  else
+    decode<T, float, FloatDot<float>, false>(call, work, scratch, partials);
+}
+
+}  // namespace
+
+void attention_decode_float32(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
+  decode<float, FloatDot<float>>(call, work, scratch, partials);
+}
+void attention_decode_bfloat16(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
+  decode<BFloat16, BFloat16Dot>(call, work, scratch, partials);
+}
+void attention_decode_float16(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
+  decode<Float16, FloatDot<Float16>>(call, work, scratch, partials);
+}
+
+}  // namespace paged::PAGED_ISA

@@ -1,0 +1,206 @@
+// Vectors of floats as wide as the instruction set has them, with loads from and stores to every storage type.
+//
+// Included only by files that are compiled once per instruction set (-DPAGED_ISA=name). Everything has internal
+// linkage, and nothing from the standard library is instantiated, so that no code for one instruction set can be
+// linked into another. Lanes are little-endian.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define PAGED_INLINE static inline __attribute__((always_inline))
+
+namespace paged::PAGED_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
+
+// Storage types: bits only, arithmetic is float's.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class V>
+PAGED_INLINE V load_as(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V>
+PAGED_INLINE void store_as(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+PAGED_INLINE Vec load(const float* from) { return load_as<Vec>(from); }
+PAGED_INLINE void store(float* to, Vec v) { store_as(to, v); }
+PAGED_INLINE Vec splat(float x) { return x - Vec{}; }
+PAGED_INLINE IntVec splat(int32_t x) { return x - IntVec{}; }
+
+template <class Mask, class V>
+PAGED_INLINE V select(Mask mask, V yes, V no) {
+  return mask ? yes : no;
+}
+PAGED_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+
+template <int... lane>
+PAGED_INLINE IntVec lane_numbers(std::integer_sequence<int, lane...>) {
+  return IntVec{lane...};
+}
+PAGED_INLINE IntVec lane_numbers() { return lane_numbers(std::make_integer_sequence<int, kLanes>{}); }
+
+#if defined(__AVX512F__)
+PAGED_INLINE Vec widen(const Float16* from) {
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
+}
+PAGED_INLINE void narrow(Float16* to, Vec v) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
+}
+#elif defined(__F16C__)
+PAGED_INLINE Vec widen(const Float16* from) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+PAGED_INLINE void narrow(Float16* to, Vec v) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, 0)); }
+#elif defined(__aarch64__)
+PAGED_INLINE Vec widen(const Float16* from) { return (Vec)vcvt_f32_f16(vld1_f16((const __fp16*)from)); }
+PAGED_INLINE void narrow(Float16* to, Vec v) { vst1_f16((__fp16*)to, vcvt_f16_f32((float32x4_t)v)); }
+#else
+PAGED_INLINE Vec widen(const Float16* from) {
+  const BitVec half = __builtin_convertvector(load_as<ShortVec>(from), BitVec);
+  // Exponent and mantissa in place, the bias put right by a multiplication, which normalises denormals too.
+  const Vec magnitude = (Vec)((half & 0x7fff) << 13) * splat(0x1p112f);
+  const BitVec infinite = (BitVec)(magnitude >= splat(65536.0f)) & 0x7f800000;
+  return (Vec)((BitVec)magnitude | infinite | (half & 0x8000) << 16);
+}
+PAGED_INLINE void narrow(Float16* to, Vec v) {
+  const BitVec bits = (BitVec)v & 0x7fffffff, sign = (BitVec)v >> 16 & 0x8000;
+  const BitVec normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  // Adding 0.5 aligns a denormal's last bit with float's and rounds to nearest even.
+  const BitVec denormal = (BitVec)((Vec)bits + splat(0.5f)) - 0x3f000000;
+  const BitVec special = select(bits > 0x7f800000, BitVec{} + 0x7e00, BitVec{} + 0x7c00);
+  const BitVec half = select(bits < 0x38800000, denormal, select(bits >= 0x47800000, special, normal));
+  store_as(to, __builtin_convertvector(half | sign, ShortVec));
+}
+#endif
+
+// A chunk is 2 * kLanes elements of a row in two vectors. For bfloat16 they are the even and the odd elements: a shift
+// and a mask instead of two widening shuffles. Sums over a row do not care, and `store_chunk` undoes the order.
+constexpr int kChunk = 2 * kLanes;
+
+struct Chunk {
+  Vec first, second;
+};
+
+PAGED_INLINE Chunk load_chunk(const float* from) { return {load(from), load(from + kLanes)}; }
+PAGED_INLINE Chunk load_chunk(const Float16* from) { return {widen(from), widen(from + kLanes)}; }
+PAGED_INLINE Chunk load_chunk(const BFloat16* from) {
+  const BitVec pairs = load_as<BitVec>(from);
+  return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000)};
+}
+
+// The upper half of each lane is the bfloat16 nearest to the float.
+PAGED_INLINE BitVec round_to_bfloat16(Vec v) {
+  const BitVec bits = (BitVec)v;
+  return select(v == v, bits + 0x7fff + (bits >> 16 & 1), bits | 0x400000);
+}
+PAGED_INLINE BitVec bfloat16_pairs(Vec low, Vec high) {
+  return round_to_bfloat16(low) >> 16 | (round_to_bfloat16(high) & 0xffff0000);
+}
+
+PAGED_INLINE void store_chunk(float* to, Chunk c) {
+  store(to, c.first);
+  store(to + kLanes, c.second);
+}
+PAGED_INLINE void store_chunk(Float16* to, Chunk c) {
+  narrow(to, c.first);
+  narrow(to + kLanes, c.second);
+}
+PAGED_INLINE void store_chunk(BFloat16* to, Chunk c) { store_as(to, bfloat16_pairs(c.first, c.second)); }
+
+// `count` of a chunk's elements: the rest is read as zero and not written.
+template <class T>
+PAGED_INLINE Chunk load_chunk(const T* from, int64_t count) {
+  if (count >= kChunk) return load_chunk(from);
+  T padded[kChunk] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load_chunk(padded);
+}
+template <class T>
+PAGED_INLINE void store_chunk(T* to, Chunk c, int64_t count) {
+  if (count >= kChunk) return store_chunk(to, c);
+  T padded[kChunk];
+  store_chunk(padded, c);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
+template <int stride, int... lane>
+PAGED_INLINE Vec add_interleaved(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (lane & stride ? kLanes + lane - stride : lane)...) +
+         __builtin_shufflevector(a, b, (lane & stride ? kLanes + lane : lane + stride)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{(lane & stride ? kLanes + lane - stride : lane)...}) +
+         __builtin_shuffle(a, b, IntVec{(lane & stride ? kLanes + lane : lane + stride)...});
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <int stride = 1>
+PAGED_INLINE Vec sums(const Vec* v) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  if constexpr (stride * 2 == kLanes) {
+    return add_interleaved<stride>(v[0], v[1], lanes);
+  } else {
+    Vec half[kLanes / stride / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / stride / 2; ++i) half[i] = add_interleaved<stride>(v[2 * i], v[2 * i + 1], lanes);
+    return sums<stride * 2>(half);
+  }
+}
+
+// 2^x for x <= 0, exactly 0 below -126.5; NaN stays NaN. Relative error 1e-7 (Cephes exp2f).
+PAGED_INLINE Vec exp2_nonpositive(Vec x) {
+  x = select(x < splat(-127.0f), splat(-127.0f), x);
+  const Vec magic = splat(0x1.8p23f);  // its last bit is worth 1: adding it rounds to an integer
+  const Vec shifted = x + magic;
+  const Vec r = x - (shifted - magic);
+  Vec p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  return p * (Vec)(((BitVec)shifted << 23) + (127u << 23));
+}
+
+// Relative error 3e-7: a Padé approximant for small x, where 1 - 2 / (e^2x + 1) cancels.
+PAGED_INLINE Vec tanh(Vec x) {
+  const Vec y = x * x;
+  const Vec small =
+      x * (135135.0f + y * (17325.0f + y * (378.0f + y))) / (135135.0f + y * (62370.0f + y * (3150.0f + 28.0f * y)));
+  const Vec magnitude = select(x < 0.0f, -x, x);
+  const Vec e = exp2_nonpositive(magnitude * -2.885390081777927f);  // e^(-2|x|)
+  const Vec large = (1.0f - e) / (1.0f + e);
+  return select(magnitude < 1.0f, small, select(x < 0.0f, -large, large));
+}
+
+}  // namespace
+}  // namespace paged::PAGED_ISA
