@@ -180,6 +180,17 @@ def test_training_steps_are_bit_for_bit_stocks_while_patched() -> None:
             assert torch.equal(want, got)
 
 
+@pytest.mark.parametrize("patched", [True, False])
+def test_backward_through_a_paged_cache_raises_instead_of_losing_gradients(patched: bool) -> None:
+    model, inputs = tiny("llama"), batch([9, 9])
+    if patched:
+        torch_paged.patch(model)
+    cache = torch_paged.PagedCache(model.config)
+    output = model(**inputs, labels=inputs["input_ids"], past_key_values=cache)
+    with pytest.raises(RuntimeError, match="backward through a PagedCache"):
+        output.loss.backward()
+
+
 class _Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

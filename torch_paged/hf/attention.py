@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torch_paged.hf.implementation import NAME, previous
+from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import PagedKV, materialize
 
 
@@ -59,21 +60,24 @@ def paged_attention(
     rows = query.transpose(1, 2).reshape(batch * width, heads, head_dim)
     if step.query_rows is not None:
         rows = rows[step.query_rows]
-    out = torch.ops.paged.attention(
+    out = without_gradient(
         rows,
-        layer.key_cache,
-        layer.value_cache,
-        step.block_table,
-        step.seq_lens,
-        step.cu_seqlens_q,
-        step.max_query_len,
-        scale=scaling,
-        sliding_window=layer.sliding_window or sliding_window or 0,
-        softcap=softcap or 0.0,
-        sinks=None if s_aux is None else s_aux.float(),
+        lambda: torch.ops.paged.attention(
+            rows,
+            layer.key_cache,
+            layer.value_cache,
+            step.block_table,
+            step.seq_lens,
+            step.cu_seqlens_q,
+            step.max_query_len,
+            scale=scaling,
+            sliding_window=layer.sliding_window or sliding_window or 0,
+            softcap=softcap or 0.0,
+            sinks=None if s_aux is None else s_aux.float(),
+        ),
     )
     if step.query_rows is not None:
-        out = out.new_zeros(batch * width, *out.shape[1:]).index_copy_(0, step.query_rows, out)
+        out = out.new_zeros(batch * width, *out.shape[1:]).index_copy(0, step.query_rows, out)
     return out.view(batch, width, heads, -1), None
 
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from torch_paged.hf.call import Call
 from torch_paged.hf.group import LayerGroup, Step
+from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import GatheredPair, PagedKV
 from torch_paged.hf.pools import GroupKey
 from torch_paged.hf.state import CacheState
@@ -83,7 +84,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.call = call
         self.columns += width
         pair = GatheredPair(self)
-        return PagedKV(pair, 0, key_states), PagedKV(pair, 1, value_states)
+        return (
+            without_gradient(key_states, lambda: PagedKV(pair, 0, key_states)),
+            without_gradient(value_states, lambda: PagedKV(pair, 1, value_states)),
+        )
 
     @property
     def step(self) -> Step:
