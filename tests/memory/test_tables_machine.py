@@ -1,0 +1,224 @@
+"""A Hypothesis state machine: any sequence of edits against lists of tokens, with real writes into a tiny pool."""
+
+import gc
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_pool
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from torch_paged.memory import BlockTables, PoolExhausted
+
+NUM_BLOCKS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row must hold: its tokens, and how many blocks have left the window."""
+
+    tokens: tuple[int, ...] = ()
+    gone: int = 0
+
+
+class TableEdits(RuleBasedStateMachine):
+    """Batches in one pool, each beside the plain lists it must equal."""
+
+    @initialize(block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([0, 0, 1, 3, 6]))
+    def start(self, block_size, window):
+        self.size, self.window = block_size, window
+        self.pool = small_pool(NUM_BLOCKS, block_size, sliding_window=window)
+        kv = torch.zeros(1, 2, 1, 8)
+        # Key and value cache of both layers; the c-th holds each token plus c / 4.
+        self.caches = [cache.numpy() for index in range(2) for cache in self.pool.layer(index, kv, kv)]
+        self.batches: list[tuple[BlockTables, list[Row]]] = []
+        self.next_token = 1
+
+    @precondition(lambda self: len(self.batches) < 4)
+    @rule(num_seqs=st.integers(0, 4))
+    def new(self, num_seqs):
+        self.batches.append((BlockTables(self.pool, num_seqs), [Row()] * num_seqs))
+
+    @precondition(lambda self: 0 < len(self.batches) < 4)
+    @rule(data=st.data())
+    def fork(self, data):
+        tables, rows = self.pick(data)
+        self.batches.append((tables.fork(), list(rows)))
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def append(self, data):
+        tables, rows = self.pick(data)
+        width = data.draw(st.sampled_from([0, 1, 1, 2, 5, 9]))
+        cells = st.lists(st.booleans(), min_size=width, max_size=width)
+        valid = np.array([data.draw(cells) for _ in rows], dtype=bool).reshape(len(rows), width)
+        num_tokens = valid.sum(axis=1)
+        self.write(tables, rows, valid, num_tokens)
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def decode(self, data):
+        """One token for every row: what beams and samples do most."""
+        tables, rows = self.pick(data)
+        self.write(tables, rows, None, np.ones(len(rows), dtype=np.int64))
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def select(self, data):
+        tables, rows = self.pick(data)
+        picks = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=5)) if rows else []
+        tables.select(np.array(picks, dtype=np.int64))
+        rows[:] = [rows[pick] for pick in picks]
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def crop(self, data):
+        tables, rows = self.pick(data)
+        cut = [data.draw(st.integers(0, len(row.tokens))) for row in rows]
+        ends = [len(row.tokens) - n for row, n in zip(rows, cut, strict=True)]
+        lost = [
+            n and end and max(0, end - self.window + 1) < row.gone * self.size
+            for row, n, end in zip(rows, cut, ends, strict=True)
+        ]
+        if self.window and any(lost):
+            with pytest.raises(ValueError, match="must leave the last"):
+                tables.crop(np.array(cut))
+        else:
+            tables.crop(np.array(cut, dtype=np.int64))
+            rows[:] = [Row(row.tokens[:end], row.gone if end else 0) for row, end in zip(rows, ends, strict=True)]
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def release(self, data):
+        tables, rows = self.pick(data)
+        tables.release()
+        rows[:] = [Row()] * len(rows)
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def forget(self, data):
+        del self.batches[data.draw(st.integers(0, len(self.batches) - 1))]
+
+    @rule()
+    def trim(self):
+        self.pool.trim()
+
+    @invariant()
+    def everything_agrees(self):
+        stats = self.pool.stats()
+        owners = self.owners()
+        assert self.pool.allocator.ref_counts.tolist() == [owners[block] for block in range(NUM_BLOCKS)]
+        assert (stats.blocks_used, stats.blocks_free) == (len(owners), NUM_BLOCKS - len(owners))
+        assert stats.blocks_shared == sum(count > 1 for count in owners.values())
+        assert stats.bytes_useful * self.size == self.tokens_stored() * stats.bytes_held // max(1, stats.blocks_used)
+        for tables, rows in self.batches:
+            block_table, seq_lens = tables.step()
+            assert seq_lens.tolist() == [len(row.tokens) for row in rows]
+            for row, blocks in zip(rows, block_table.tolist(), strict=True):
+                self.check_row(row, blocks)
+
+    def teardown(self):
+        if hasattr(self, "batches"):
+            self.batches.clear()
+            gc.collect()
+            assert self.pool.stats().blocks_used == self.pool.budget.used_bytes == 0
+
+    def pick(self, data):
+        # By index: Hypothesis keeps what it draws alive, and a batch is to die when it is forgotten.
+        return self.batches[data.draw(st.integers(0, len(self.batches) - 1))]
+
+    def write(self, tables, rows, valid, num_tokens):
+        """Append, copy, write a new token into each slot; or see PoolExhausted exactly when blocks are short."""
+        before = self.state(tables)
+        gone = [
+            max(row.gone, (len(row.tokens) - self.window + 1) // self.size) if self.window and n else row.gone
+            for row, n in zip(rows, num_tokens, strict=True)
+        ]
+        free = self.free_after_window(tables, rows, gone)
+        needed = sum(
+            -(-(len(row.tokens) + n) // self.size) - -(-len(row.tokens) // self.size)
+            for row, n in zip(rows, num_tokens.tolist(), strict=True)
+        ) + self.copies_needed(tables, rows, num_tokens)
+        if needed > len(free):
+            try:
+                tables.append(num_tokens)
+            except PoolExhausted as error:  # not pytest.raises, whose result would keep the batch alive
+                assert (error.needed, error.free) == (needed, len(free))
+            else:
+                raise AssertionError(f"{needed} blocks from {len(free)}")
+            assert self.state(tables) == before
+            return
+
+        used = set(self.owners()) - set(free)
+        mapping = tables.append(num_tokens)
+        assert set(self.owners()) - used <= set(free[:needed])
+        sources, destinations = mapping[:, 0].tolist(), mapping[:, 1].tolist()
+        assert len(set(destinations)) == len(destinations) and not set(destinations) & set(sources)
+        assert set(destinations) <= set(free[:needed])
+        self.pool.copy_blocks(mapping)
+
+        width = int(num_tokens.max(initial=0)) if valid is None else valid.shape[1]
+        slots = tables.slots(num_tokens, valid, width).reshape(len(rows), width)
+        owners = self.owners()
+        for i, row in enumerate(rows):
+            here = slots[i][slots[i] >= 0]
+            new = tuple(range(self.next_token, self.next_token + int(num_tokens[i])))
+            assert len(here) == len(new)
+            assert all(owners[block] == 1 for block in (here // self.size).tolist())
+            for c, cache in enumerate(self.caches):
+                cache[here // self.size, here % self.size] = np.array(new)[:, None, None] + c / 4
+            rows[i] = replace(row, tokens=row.tokens + new, gone=gone[i])
+            self.next_token += len(new)
+
+    def check_row(self, row, blocks):
+        held = -(-len(row.tokens) // self.size)
+        assert [block >= 0 for block in blocks] == [row.gone <= column < held for column in range(len(blocks))]
+        visible = np.array(row.tokens[row.gone * self.size :], dtype=np.float32)
+        for c, cache in enumerate(self.caches):
+            stored = cache[blocks[row.gone : held]].reshape(-1, *cache.shape[2:])[: len(visible)]
+            assert (stored == visible[:, None, None] + c / 4).all()
+
+    def owners(self):
+        """How many table entries point at each block that is used."""
+        entries = (tables.step()[0] for tables, _ in self.batches)
+        return Counter(block for table in entries for block in table.flatten().tolist() if block >= 0)
+
+    def state(self, tables):
+        return tables.step()[0].tolist(), tables.seq_lens.tolist(), self.pool.stats()
+
+    def free_after_window(self, tables, rows, gone):
+        """The free block ids, ascending, once the blocks before column gone[i] of each row i are given up."""
+        owners = self.owners()
+        for row, blocks, end in zip(rows, tables.step()[0].tolist(), gone, strict=True):
+            owners.subtract(blocks[row.gone : end])
+        return [block for block in range(NUM_BLOCKS) if owners[block] == 0]
+
+    def copies_needed(self, tables, rows, num_tokens):
+        """Of the k rows that write into a partly filled block with r owners, k copy; all but one where k = r."""
+        owners = self.owners()
+        writers = Counter(
+            blocks[len(row.tokens) // self.size]
+            for row, blocks, n in zip(rows, tables.step()[0].tolist(), num_tokens, strict=True)
+            if n and len(row.tokens) % self.size
+        )
+        return sum(k - (k == owners[block]) for block, k in writers.items())
+
+    def tokens_stored(self):
+        """Tokens in distinct blocks: of rows that share one, the row with most tokens in it counts."""
+        most = Counter()
+        for tables, rows in self.batches:
+            for row, blocks in zip(rows, tables.step()[0].tolist(), strict=True):
+                for column, block in enumerate(blocks):
+                    if block >= 0:
+                        most[block] = max(most[block], min(self.size, len(row.tokens) - column * self.size))
+        return sum(most.values())
+
+
+TestTableEdits = TableEdits.TestCase
+TestTableEdits.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
