@@ -163,12 +163,12 @@ class Pool:
         return int(most.sum())
 
     def _create(self, key: Tensor, value: Tensor) -> None:
-        heads, dims = key.shape[1], (key.shape[3], value.shape[3])
-        if key.dim() != 4 or value.dim() != 4 or value.shape[1] != heads or value.dtype != key.dtype:
+        if key.dim() != 4 or value.dim() != 4 or value.shape[1] != key.shape[1] or value.dtype != key.dtype:
             raise ValueError(
                 f"value: {value.dtype} of shape {list(value.shape)}; must be {key.dtype} and "
-                f"[batch, {heads}, tokens, v_head_dim], like key of shape {list(key.shape)}"
+                f"[batch, num_kv_heads, tokens, v_head_dim], like key of shape {list(key.shape)}"
             )
+        heads, dims = key.shape[1], (key.shape[3], value.shape[3])
         block_bytes = [self.block_size * heads * dim * key.dtype.itemsize for dim in dims]
         total = self.num_layers * sum(block_bytes)
         num_blocks = min(self.budget.max_bytes // total, _MAX_BLOCKS)
