@@ -272,6 +272,16 @@ def test_blocks_that_left_the_window_are_freed(make_pool):
     assert rows_of(tables)[0] == [-1, -1, 0, 1]
 
 
+@pytest.mark.parametrize("stored, first", [(7, 0), (8, 1), (11, 1), (12, 2)])
+def test_a_block_stays_until_its_last_token_left_the_window(make_pool, stored, first):
+    """The query at position p sees keys above p - 5; blocks hold 4."""
+    tables = BlockTables(make_pool(sliding_window=5), 1)
+    tables.append(counts(stored))
+    tables.append(counts(1))
+    held = [block >= 0 for block in rows_of(tables)[0]]
+    assert held == [column >= first for column in range(len(held))]
+
+
 def test_a_window_block_that_another_row_sees_stays(make_pool):
     pool = make_pool(sliding_window=2)
     tables = BlockTables(pool, 1)

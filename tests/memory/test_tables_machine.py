@@ -15,6 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch_paged.memory import BlockTables, PoolExhausted
 
 NUM_BLOCKS = 20
+# Batches are named by number: Hypothesis keeps what it draws alive, and a batch is to die when it is forgotten.
+WHICH = st.integers(0, 2)
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Row:
 class TableEdits(RuleBasedStateMachine):
     """Batches in one pool, each beside the plain lists it must equal."""
 
-    @initialize(block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([0, 0, 1, 3, 6]))
-    def start(self, block_size, window):
+    @initialize(block_size=st.sampled_from([4, 8, 2, 1]), window=st.sampled_from([0, 3, 1, 6, 0]), data=st.data())
+    def start(self, block_size, window, data):
         self.size, self.window = block_size, window
         self.pool = small_pool(NUM_BLOCKS, block_size, sliding_window=window)
         kv = torch.zeros(1, 2, 1, 8)
@@ -37,48 +39,50 @@ class TableEdits(RuleBasedStateMachine):
         self.caches = [cache.numpy() for index in range(2) for cache in self.pool.layer(index, kv, kv)]
         self.batches: list[tuple[BlockTables, list[Row]]] = []
         self.next_token = 1
+        self.prompt(2, data)
 
-    @precondition(lambda self: len(self.batches) < 4)
-    @rule(num_seqs=st.integers(0, 4))
-    def new(self, num_seqs):
+    @precondition(lambda self: len(self.batches) < 3)
+    @rule(num_seqs=st.integers(1, 3), data=st.data())
+    def prompt(self, num_seqs, data):
         self.batches.append((BlockTables(self.pool, num_seqs), [Row()] * num_seqs))
+        self.append_columns(len(self.batches) - 1, data.draw(st.integers(1, 9)), data)
 
-    @precondition(lambda self: 0 < len(self.batches) < 4)
-    @rule(data=st.data())
-    def fork(self, data):
-        tables, rows = self.pick(data)
+    @precondition(lambda self: 0 < len(self.batches) < 3)
+    @rule(which=WHICH)
+    def fork(self, which):
+        tables, rows = self.pick(which)
         self.batches.append((tables.fork(), list(rows)))
 
     @precondition(lambda self: self.batches)
-    @rule(data=st.data())
-    def append(self, data):
-        tables, rows = self.pick(data)
-        width = data.draw(st.sampled_from([0, 1, 1, 2, 5, 9]))
+    @rule(which=WHICH, width=st.integers(0, 5), data=st.data())
+    def append_columns(self, which, width, data):
+        tables, rows = self.pick(which)
         cells = st.lists(st.booleans(), min_size=width, max_size=width)
         valid = np.array([data.draw(cells) for _ in rows], dtype=bool).reshape(len(rows), width)
-        num_tokens = valid.sum(axis=1)
-        self.write(tables, rows, valid, num_tokens)
+        self.write(tables, rows, valid, valid.sum(axis=1))
 
     @precondition(lambda self: self.batches)
-    @rule(data=st.data())
-    def decode(self, data):
-        """One token for every row: what beams and samples do most."""
-        tables, rows = self.pick(data)
-        self.write(tables, rows, None, np.ones(len(rows), dtype=np.int64))
+    @rule(which=WHICH, steps=st.integers(1, 4))
+    def decode(self, which, steps):
+        tables, rows = self.pick(which)
+        for _ in range(steps):
+            self.write(tables, rows, None, np.ones(len(rows), dtype=np.int64))
 
     @precondition(lambda self: self.batches)
-    @rule(data=st.data())
-    def select(self, data):
-        tables, rows = self.pick(data)
-        picks = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=5)) if rows else []
+    @rule(which=WHICH, picks=st.lists(st.integers(0, 3), min_size=1, max_size=4), then_decode=st.booleans())
+    def select(self, which, picks, then_decode):
+        tables, rows = self.pick(which)
+        picks = [pick % len(rows) for pick in picks]
         tables.select(np.array(picks, dtype=np.int64))
         rows[:] = [rows[pick] for pick in picks]
+        if then_decode:
+            self.decode(which, 1)
 
     @precondition(lambda self: self.batches)
-    @rule(data=st.data())
-    def crop(self, data):
-        tables, rows = self.pick(data)
-        cut = [data.draw(st.integers(0, len(row.tokens))) for row in rows]
+    @rule(which=WHICH, cuts=st.lists(st.integers(0, 9), min_size=4, max_size=4))
+    def crop(self, which, cuts):
+        tables, rows = self.pick(which)
+        cut = [min(n, len(row.tokens)) for row, n in zip(rows, cuts, strict=False)]
         ends = [len(row.tokens) - n for row, n in zip(rows, cut, strict=True)]
         lost = [
             n and end and max(0, end - self.window + 1) < row.gone * self.size
@@ -86,25 +90,20 @@ class TableEdits(RuleBasedStateMachine):
         ]
         if self.window and any(lost):
             with pytest.raises(ValueError, match="must leave the last"):
-                tables.crop(np.array(cut))
+                tables.crop(np.array(cut, dtype=np.int64))
         else:
             tables.crop(np.array(cut, dtype=np.int64))
             rows[:] = [Row(row.tokens[:end], row.gone if end else 0) for row, end in zip(rows, ends, strict=True)]
 
     @precondition(lambda self: self.batches)
-    @rule(data=st.data())
-    def release(self, data):
-        tables, rows = self.pick(data)
-        tables.release()
-        rows[:] = [Row()] * len(rows)
-
-    @precondition(lambda self: self.batches)
-    @rule(data=st.data())
-    def forget(self, data):
-        del self.batches[data.draw(st.integers(0, len(self.batches) - 1))]
-
-    @rule()
-    def trim(self):
+    @rule(which=WHICH, how=st.sampled_from(["trim", "release", "forget"]))
+    def end(self, which, how):
+        if how == "forget":
+            del self.batches[which % len(self.batches)]
+        elif how == "release":
+            tables, rows = self.pick(which)
+            tables.release()
+            rows[:] = [Row()] * len(rows)
         self.pool.trim()
 
     @invariant()
@@ -127,9 +126,8 @@ class TableEdits(RuleBasedStateMachine):
             gc.collect()
             assert self.pool.stats().blocks_used == self.pool.budget.used_bytes == 0
 
-    def pick(self, data):
-        # By index: Hypothesis keeps what it draws alive, and a batch is to die when it is forgotten.
-        return self.batches[data.draw(st.integers(0, len(self.batches) - 1))]
+    def pick(self, which):
+        return self.batches[which % len(self.batches)]
 
     def write(self, tables, rows, valid, num_tokens):
         """Append, copy, write a new token into each slot; or see PoolExhausted exactly when blocks are short."""
