@@ -157,7 +157,7 @@ def test_large_scores_do_not_overflow(backend):
     out, lse = ops.attention_with_lse(**batch.arguments, scale=1000.0)
     exact_out, exact_lse = oracle(batch, {"scale": 1000.0})
     assert largest_error(out, exact_out) <= 1e-2
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=0)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=0)
 
 
 def test_cache_beyond_2_to_31_elements():

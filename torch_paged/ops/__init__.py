@@ -5,6 +5,7 @@ from torch_paged.ops.attention import attention
 from torch_paged.ops.attention_with_lse import attention_with_lse
 from torch_paged.ops.cache_layout import cache_view, empty_cache
 from torch_paged.ops.copy_blocks import copy_blocks
+from torch_paged.ops.cpu_instruction_set import cpu_instruction_set, cpu_instruction_sets
 from torch_paged.ops.gather_cache import gather_cache
 from torch_paged.ops.merge_attention_states import merge_attention_states
 from torch_paged.ops.reshape_and_cache import reshape_and_cache
@@ -17,6 +18,8 @@ __all__ = [
     "attention_with_lse",
     "cache_view",
     "copy_blocks",
+    "cpu_instruction_set",
+    "cpu_instruction_sets",
     "empty_cache",
     "gather_cache",
     "merge_attention_states",

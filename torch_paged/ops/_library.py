@@ -1,18 +1,31 @@
 """The `paged` op library: its namespace, its compiled kernels, and the errors its wrappers raise."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-library = torch.library.Library("paged", "DEF")
-
-# Inductor must hand over the strides as they are: a restrided cache would be a copied cache.
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+library = torch.library.Library("paged", "DEF")  # type: ignore[no-untyped-call]
 
 _CHECK_TEXT = re.compile(r"\w+(\[\d+\])?: .+; must be .+")
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def define(schema: str, *tags: torch.Tag) -> None:
+    """Define an op, whose implementation is C++, by its schema."""
+    # Inductor must hand over the strides as they are: a restrided cache would be a copied cache.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags)
+    library.define(schema, tags=tags)  # type: ignore[no-untyped-call]
+
+
+def fake(op: str) -> Callable[[_Function], _Function]:
+    """Register the decorated function as what the compiler runs to learn the shapes of an op's results."""
+    register: Callable[[_Function], _Function] = torch.library.register_fake(f"paged::{op}", lib=library)
+    return register
 
 
 class value_errors:
@@ -58,7 +71,7 @@ def load_kernels() -> None:
     for path in (package / "_C.so", package / "_cuda.so"):
         if path.exists():
             try:
-                torch.ops.load_library(str(path))
+                torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
             except OSError as error:
                 raise ImportError(
                     f"{path} does not load into torch {torch.__version__} ({error}); "

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import TAGS, check_same_device, library, value_errors
+from torch_paged.ops._library import check_same_device, define, fake, value_errors
 
-library.define(
+define(
     "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_query_len, *, float? scale=None, bool causal=True, SymInt sliding_window=0, "
     "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_scale=None, "
-    "Tensor? value_scale=None, SymInt max_seq_len=0, int num_splits=0, bool deterministic=False) -> Tensor",
-    tags=TAGS,
+    "Tensor? value_scale=None, SymInt max_seq_len=0, int num_splits=0, bool deterministic=False) -> Tensor"
 )
 
 
@@ -97,7 +96,7 @@ def attention(
     return out
 
 
-@torch.library.register_fake("paged::attention")
+@fake("attention")
 def fake_attention(
     query: Tensor,
     key_cache: Tensor,

@@ -1,18 +1,19 @@
 """attention_with_lse: paged attention that also returns the log-sum-exp, so that parts can be merged."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import TAGS, library, value_errors
+from torch_paged.ops._library import define, fake, value_errors
 from torch_paged.ops.attention import fake_attention
 
-library.define(
+define(
     "attention_with_lse(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_query_len, *, float? scale=None, bool causal=True, SymInt sliding_window=0, "
     "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_scale=None, "
     "Tensor? value_scale=None, SymInt max_seq_len=0, int num_splits=0, bool deterministic=False) "
-    "-> (Tensor out, Tensor lse)",
-    tags=TAGS,
+    "-> (Tensor out, Tensor lse)"
 )
 
 
@@ -72,7 +73,7 @@ def attention_with_lse(
     return out, lse
 
 
-@torch.library.register_fake("paged::attention_with_lse")
-def _(query: Tensor, *args: Tensor | int, **options: Tensor | float | None) -> tuple[Tensor, Tensor]:
+@fake("attention_with_lse")
+def _(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     out = fake_attention(query, *args, **options)
     return out, query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import TAGS, check_same_device, library, value_errors
+from torch_paged.ops._library import check_same_device, define, fake, value_errors
 
-library.define("copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor block_mapping) -> ()", tags=TAGS)
+define("copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor block_mapping) -> ()")
 
 
 def copy_blocks(key_caches: list[Tensor], value_caches: list[Tensor], block_mapping: Tensor) -> None:
@@ -28,7 +28,7 @@ def copy_blocks(key_caches: list[Tensor], value_caches: list[Tensor], block_mapp
         torch.ops.paged.copy_blocks(key_caches, value_caches, block_mapping)
 
 
-@torch.library.register_fake("paged::copy_blocks")
+@fake("copy_blocks")
 def _(key_caches: list[Tensor], value_caches: list[Tensor], block_mapping: Tensor) -> None:
     for name, caches in (("key_caches", key_caches), ("value_caches", value_caches)):
         for layer, cache in enumerate(caches):

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import TAGS, check_same_device, library, value_errors
+from torch_paged.ops._library import check_same_device, define, fake, value_errors
 
-library.define(
+define(
     "gather_cache(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, SymInt max_seq_len, "
-    "Tensor? key_scale=None, Tensor? value_scale=None) -> (Tensor key, Tensor value)",
-    tags=TAGS,
+    "Tensor? key_scale=None, Tensor? value_scale=None) -> (Tensor key, Tensor value)"
 )
 
 
@@ -50,7 +49,7 @@ def gather_cache(
     return key, value
 
 
-@torch.library.register_fake("paged::gather_cache")
+@fake("gather_cache")
 def _(
     key_cache: Tensor,
     value_cache: Tensor,

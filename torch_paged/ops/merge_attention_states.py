@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import TAGS, check_same_device, library, value_errors
+from torch_paged.ops._library import check_same_device, define, fake, value_errors
 
-library.define(
-    "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
-    tags=TAGS,
-)
+define("merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)")
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +33,7 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     return out, lse
 
 
-@torch.library.register_fake("paged::merge_attention_states")
+@fake("merge_attention_states")
 def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     check_same_device(out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import TAGS, check_same_device, library, value_errors
+from torch_paged.ops._library import check_same_device, define, fake, value_errors
 
-library.define(
+define(
     "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, "
-    "Tensor? key_scale=None, Tensor? value_scale=None) -> ()",
-    tags=TAGS,
+    "Tensor? key_scale=None, Tensor? value_scale=None) -> ()"
 )
 
 
@@ -44,7 +43,7 @@ def reshape_and_cache(
         torch.ops.paged.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
 
 
-@torch.library.register_fake("paged::reshape_and_cache")
+@fake("reshape_and_cache")
 def _(
     key: Tensor,
     value: Tensor,

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import TAGS, check_same_device, library, value_errors
+from torch_paged.ops._library import check_same_device, define, fake, value_errors
 
 # The mapping is read on the host, which a captured CUDA graph would not do again.
-library.define(
+define(
     "swap_blocks(Tensor[] src, Tensor(a!)[] dst, Tensor block_mapping) -> ()",
-    tags=(*TAGS, torch.Tag.cudagraph_unsafe),
+    torch.Tag.cudagraph_unsafe,
 )
 
 
@@ -32,7 +32,7 @@ def swap_blocks(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> 
         torch.ops.paged.swap_blocks(src, dst, block_mapping)
 
 
-@torch.library.register_fake("paged::swap_blocks")
+@fake("swap_blocks")
 def _(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> None:
     for name, caches in (("src", src), ("dst", dst)):
         for layer, cache in enumerate(caches):

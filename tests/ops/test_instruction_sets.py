@@ -1,0 +1,39 @@
+"""Each compiled instruction set that this machine runs passes the attention tests."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from torch_paged import ops
+
+# The process's own choice runs in test_attention.py.
+OTHERS = [name for name in ops.cpu_instruction_sets() if name != ops.cpu_instruction_set()]
+
+
+def run_python(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TORCH_PAGED_CPU_ISA": instruction_set}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_attention_on(name):
+    chosen = run_python(name, "-c", "from torch_paged import ops; print(ops.cpu_instruction_set())")
+    assert chosen.stdout.strip() == name, chosen.stderr
+    # float64 has one kernel for all sets.
+    which = "(matches or deterministic or large) and not float64 and not cuda"
+    run = run_python(name, "-m", "pytest", "-q", "-x", "tests/ops/test_attention.py", "-k", which)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_one_set_at_least():
+    assert ops.cpu_instruction_sets()[0] == "baseline"
+    assert ops.cpu_instruction_set() in ops.cpu_instruction_sets()
+
+
+def test_unknown_set_is_refused():
+    code = "from torch_paged import ops\ntry: ops.cpu_instruction_set()\nexcept ValueError as error: print(error)"
+    run = run_python("sse9", "-c", code)
+    sets = ",".join(ops.cpu_instruction_sets())
+    assert run.stdout.strip() == f"TORCH_PAGED_CPU_ISA: sse9; must be one of {sets} on this machine, or unset"
