@@ -322,6 +322,15 @@ def test_crop_over_freed_blocks_is_refused(make_pool):
     assert (rows_of(tables), tables.seq_lens.tolist(), pool.stats().blocks_used) == ([[-1], [-1]], [0, 0], 0)
     tables.append(counts(1, 1))
     assert rows_of(tables) == [[0], [1]]
+    tables.crop(counts(1, 1))
+    assert pool.stats().blocks_used == 0
+
+
+def test_rows_without_new_tokens_keep_their_window(make_pool):
+    tables = BlockTables(make_pool(sliding_window=2), 2)
+    tables.append(counts(8, 8))
+    tables.append(counts(0, 1))
+    assert rows_of(tables) == [[0, 1, -1], [-1, 3, 2]]
 
 
 def test_recorded_past_is_kept_for_crop(make_pool):

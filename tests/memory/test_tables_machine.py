@@ -79,7 +79,7 @@ class TableEdits(RuleBasedStateMachine):
             self.decode(which, 1)
 
     @precondition(lambda self: self.batches)
-    @rule(which=WHICH, cuts=st.lists(st.integers(0, 9), min_size=4, max_size=4))
+    @rule(which=WHICH, cuts=st.lists(st.sampled_from([0, 1, 2, 3, 5, 99]), min_size=4, max_size=4))
     def crop(self, which, cuts):
         tables, rows = self.pick(which)
         cut = [min(n, len(row.tokens)) for row, n in zip(rows, cuts, strict=False)]
