@@ -103,6 +103,19 @@ def test_scores_logits_and_hidden_states_are_stocks() -> None:
     torch.testing.assert_close(actual.hidden_states, expected.hidden_states)
 
 
+def test_head_dims_that_the_op_refuses_are_gathered(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .models import SMALL
+
+    torch.manual_seed(0)
+    model, inputs = LlamaForCausalLM(LlamaConfig(**(SMALL | {"head_dim": 12}))).eval(), batch([12, 7])
+    expected = generate(model, inputs)
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model):
+        assert torch.equal(generate(model, inputs), expected)
+    assert "head_dim 12 is no multiple of 8" in caplog.text
+
+
 def test_encoder_decoder_keeps_the_stock_cache_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = tiny_t5(), batch([9, 5])
     expected = generate(model, inputs)
@@ -123,6 +136,19 @@ def test_a_cache_of_the_callers_wins() -> None:
         assert torch.equal(generate(model, inputs, cache_implementation="static"), expected)
         assert torch.equal(generate(model, inputs, use_cache=False), expected)
         assert handle.stats().peak_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_autocast(name: str) -> None:
+    """K arrives in float32 and V in bfloat16; attention computes in bfloat16, with stock as with blocks."""
+    model, inputs = tiny(name), batch([12, 7])
+    kwargs = dict(return_dict_in_generate=True, output_logits=True, max_new_tokens=4, eos_token_id=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(model, inputs, **kwargs)
+        with torch_paged.paged(model) as handle:
+            actual = generate(model, inputs, **kwargs)
+            assert handle.stats().peak_bytes > 0
+    torch.testing.assert_close(actual.logits[0], expected.logits[0], atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -57,7 +57,7 @@ def paged_attention(
     layer = key.pair.layer
     step = layer.step
     batch, heads, width, head_dim = query.shape
-    rows = query.transpose(1, 2).reshape(batch * width, heads, head_dim)
+    rows = query.transpose(1, 2).reshape(batch * width, heads, head_dim).to(layer.dtype)
     if step.query_rows is not None:
         rows = rows[step.query_rows]
     out = without_gradient(

@@ -16,7 +16,7 @@ from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
 from torch_paged.hf.pools import Pools
-from torch_paged.hf.support import Path, Support, Voice, model_support, unsupported_head_dim
+from torch_paged.hf.support import Path, Support, Voice, model_support
 from torch_paged.memory import PoolStats
 
 
@@ -30,7 +30,7 @@ class PagedHandle:
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
         self._local = threading.local()
-        self._support: Support | None = None
+        self._support: dict[str, Support] = {}
         self._stock_class: type[Any] | None = None
         self._native_installed = False
 
@@ -92,18 +92,17 @@ class PagedHandle:
         self._pools = Pools(config)
 
     def support(self, model: PreTrainedModel) -> Support:
-        """How the model runs; decided at the patch."""
-        if self._support is None:
-            support = model_support(model)
-            if support.path is Path.NATIVE and (reason := unsupported_head_dim(model.config)):
-                support = Support(Path.GATHER, reason)
-            self._support = support
-        return self._support
+        """How the model runs where it is now: a model may be moved to another device while it is patched."""
+        device_type = model.device.type
+        if device_type not in self._support:
+            self._support[device_type] = model_support(model)
+        return self._support[device_type]
 
     def replace(self, model: PreTrainedModel, cache: Cache) -> Cache:
         """The paged cache for the empty one that `generate` made; the same cache where it cannot be paged."""
         support = self.support(model)
         if support.path is Path.STOCK:
+            self.voice.say(support, strict=self.config.strict)
             return cache
         if not is_plain_dynamic(cache):
             reason = f"its cache is a {type(cache).__name__}"

@@ -43,10 +43,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Join the group of layers with the same device, dtype, heads and window, and take a place in its pool."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = _storage_dtype(key_states, value_states), key_states.device
         key = GroupKey(
-            device=key_states.device,
-            dtype=key_states.dtype,
+            device=self.device,
+            dtype=self.dtype,
             num_kv_heads=key_states.shape[1],
             head_dim=key_states.shape[-1],
             v_head_dim=value_states.shape[-1],
@@ -54,7 +54,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         )
         self.group = self.state.group(key)
         with self.group.pool.lock:
-            self.key_cache, self.value_cache = self.group.pool.layer(self.group.num_layers, key_states, value_states)
+            self.key_cache, self.value_cache = self.group.pool.layer(
+                self.group.num_layers, key_states.to(self.dtype), value_states.to(self.dtype)
+            )
         self.group.num_layers += 1
         self.is_initialized = True
 
@@ -74,6 +76,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
         step = self.group.plan(call)
+        key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         torch.ops.paged.reshape_and_cache(
             key_states.detach().transpose(1, 2).reshape(batch * width, num_kv_heads, head_dim),
             value_states.detach().transpose(1, 2).reshape(batch * width, num_kv_heads, -1),
@@ -147,6 +150,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("layers share a block table: reorder the PagedCache, not one of its layers")
+
+
+def _storage_dtype(key: Tensor, value: Tensor) -> torch.dtype:
+    """What attention would compute in: under autocast K often arrives in float32 and V in the lower precision."""
+    device_type = key.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(key.dtype, value.dtype)
 
 
 def _spread(tokens: Tensor, seq_lens: Tensor, stored: Tensor) -> Tensor:

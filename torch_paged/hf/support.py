@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +12,8 @@ from transformers import PreTrainedModel
 logger = logging.getLogger("torch_paged")
 
 NATIVE_MODEL_TYPES = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
+# What torch.ops.paged.attention takes.
+HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 512
 
 
 class Path(Enum):
@@ -47,15 +48,10 @@ def model_support(model: PreTrainedModel) -> Support:
         return Support(Path.GATHER, "cross-attention is not among the native paths")
     if getattr(config, "reorder_and_upcast_attn", False):
         return Support(Path.GATHER, "reorder_and_upcast_attn has its own attention code")
-    return Support(Path.NATIVE)
-
-
-def unsupported_head_dim(config: Any) -> str | None:
-    """Why the attention op cannot take this config's heads, or None."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim % 8 or head_dim > 512:
-        return f"head_dim {head_dim} is no multiple of 8 up to 512"
-    return None
+    if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
+        return Support(Path.GATHER, f"head_dim {head_dim} is no multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}")
+    return Support(Path.NATIVE)
 
 
 class Voice:
