@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `python -m torch_paged`; None takes them from the command line.
 
     Returns:
-        The exit status: 0, 1 where a command found a difference, 2 where an argument is wrong.
+        The exit status: 0, or 2 where an argument is wrong.
     """
     parser = _parser()
     args = parser.parse_args(arguments)
@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="torch_paged", description="Paged KV memory for HuggingFace generate, and its custom ops.")
+    parser = _Parser(
+        prog="python -m torch_paged", description="Paged KV memory for HuggingFace generate, and its custom ops."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,env}")
     for module in (demo, bench, env):

@@ -24,6 +24,7 @@ from torch_paged.cli.report import print_environment, progress, wide_console
 CACHE_MULTIPLE = 4
 ASSUMED_CACHE_BYTES = 32 << 20
 MAX_WORKING_SET_BYTES = 2 << 30
+MAX_LAYERS = 128
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Result:
     def contiguous_ratio(self) -> float:
         """The same against the fastest form of SDPA on contiguous keys and values, without the gather."""
         return fastest(self.contiguous)[1].median / self.paged.median
+
+    @property
+    def rate(self) -> str:
+        """What bounds the case: bytes of keys and values a second while decoding, else floating-point operations."""
+        if self.case.kind == "decode":
+            return f"{self.case.kv_bytes(self.dtype) / self.paged.median / 1e9:.1f} GB/s"
+        return f"{self.case.flops() / self.paged.median / 1e9:.0f} GFLOP/s"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -145,9 +153,9 @@ def require_agreement(case: Case, ways: dict[str, attention_ways.Attention], dty
 
 
 def layers_to_rotate(bytes_per_layer: int) -> int:
-    """Layers whose keys and values together exceed the last-level cache, as far as memory allows."""
+    """Layers whose keys and values together exceed the last-level cache, as far as memory and the depth of models allow."""
     wanted = math.ceil(CACHE_MULTIPLE * _last_level_cache_bytes() / bytes_per_layer)
-    return max(1, min(wanted, MAX_WORKING_SET_BYTES // bytes_per_layer))
+    return max(1, min(wanted, MAX_WORKING_SET_BYTES // bytes_per_layer, MAX_LAYERS))
 
 
 def _last_level_cache_bytes() -> int:
@@ -163,10 +171,10 @@ def fastest(timings: dict[str, Timing]) -> tuple[str, Timing]:
 def print_results(results: list[Result], settings: dict[str, int]) -> None:
     console: Console = wide_console()
     table = Table(title="Milliseconds of one call: median (fastest–slowest)")
-    for header in ("case: heads/kv×dim count×query/context", "dtype", "paged"):
-        table.add_column(header, justify="right" if header == "paged" else "left")
-    for header in ("GB/s", "GFLOP/s", "gather + SDPA", "times as fast", "SDPA, contiguous KV", "times as fast"):
-        table.add_column(header, justify="right")
+    for header in ("case: heads/kv×dim\ncount×query/context", "dtype"):
+        table.add_column(header)
+    for header in ("paged", "rate", "gather + SDPA", "times\nas fast", "SDPA on\ncontiguous KV", "times\nas fast"):
+        table.add_column(header, justify="right", no_wrap=True)
     for result in results:
         gather_form, gather = fastest(result.gathered)
         form, sdpa = fastest(result.contiguous)
@@ -174,8 +182,7 @@ def print_results(results: list[Result], settings: dict[str, int]) -> None:
             str(result.case),
             str(result.dtype).removeprefix("torch."),
             result.paged.as_text(),
-            f"{result.case.kv_bytes(result.dtype) / result.paged.median / 1e9:.1f}",
-            f"{result.case.flops() / result.paged.median / 1e9:.0f}",
+            result.rate,
             f"{gather.as_text()}\n{gather_form}",
             f"{result.ratio:.2f}",
             f"{sdpa.as_text()}\n{form}",
