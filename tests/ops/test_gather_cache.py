@@ -140,6 +140,10 @@ BAD_VALUES = {
         lambda a: {"block_table": a["block_table"] * 0 - 1},
         "block_table: value -1 at [0, 0]; must be in [0, 6) (num_blocks), as seq_lens needs this entry",
     ),
+    "partly filled block missing": (
+        lambda a: {"block_table": torch.tensor([[0, -1], [1, -1]]).int()},
+        "block_table: value -1 at [0, 1]; must be in [0, 6) (num_blocks), as seq_lens needs this entry",
+    ),
     "block too large": (lambda a: {"block_table": a["block_table"] * 0 + 6}, "block_table: value 6 at [0, 0]; must be"),
     "block_table strides": (
         lambda a: {"block_table": a["block_table"].T.contiguous().T},
