@@ -85,6 +85,13 @@ def test_release_pages_refuses(break_it, message):
     assert int(storage.min()) == 7
 
 
+@pytest.mark.parametrize(
+    "op, sample", [("_reserve", (PAGE,)), ("_release_pages", (reserve(4 * PAGE), ranges((PAGE, 3 * PAGE))))]
+)
+def test_opcheck(op, sample):
+    torch.library.opcheck(getattr(torch.ops.paged, op).default, sample)
+
+
 @pytest.mark.parametrize("nbytes", [0, -1])
 def test_reserve_refuses_no_bytes(nbytes):
     with pytest.raises(MemoryError, match=rf"max_memory: .*{nbytes} bytes .*must be greater than 0"):

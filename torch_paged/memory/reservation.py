@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from torch_paged.ops._library import library
+from torch_paged.ops._library import define, fake
 
-library.define("_reserve(int nbytes) -> Tensor")
-library.define("_release_pages(Tensor(a!) storage, Tensor ranges) -> ()")
+define("_reserve(int nbytes) -> Tensor")
+define("_release_pages(Tensor(a!) storage, Tensor ranges) -> ()")
 
 
 def reserve(nbytes: int) -> Tensor:
@@ -32,3 +32,12 @@ def release_pages(storage: Tensor, ranges: Tensor) -> None:
         ranges: int64 `[n, 2]`, rows of (first byte, end byte).
     """
     torch.ops.paged._release_pages(storage, ranges)
+
+
+@fake("_reserve")
+def _(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+@fake("_release_pages")
+def _(storage: Tensor, ranges: Tensor) -> None: ...
