@@ -153,7 +153,7 @@ def require_agreement(case: Case, ways: dict[str, attention_ways.Attention], dty
 
 
 def layers_to_rotate(bytes_per_layer: int) -> int:
-    """Layers whose keys and values together exceed the last-level cache, as far as memory and the depth of models allow."""
+    """Layers whose keys and values exceed the last-level cache, as far as memory and the depth of models allow."""
     wanted = math.ceil(CACHE_MULTIPLE * _last_level_cache_bytes() / bytes_per_layer)
     return max(1, min(wanted, MAX_WORKING_SET_BYTES // bytes_per_layer, MAX_LAYERS))
 
