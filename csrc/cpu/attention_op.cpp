@@ -110,12 +110,13 @@ void attend(const AttentionCall& call, const AttentionKernels& kernels, const Sp
   });
 }
 
-std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                               const Tensor& block_table, const Tensor& seq_lens, const Tensor& cu_seqlens_q,
-                               int64_t max_query_len, std::optional<double> scale, bool causal, int64_t sliding_window,
-                               double softcap, const MaybeTensor& alibi_slopes, const MaybeTensor& sinks,
-                               const MaybeTensor& key_scale, const MaybeTensor& value_scale, int64_t max_seq_len,
-                               int64_t num_splits, bool deterministic, bool with_lse) {
+// `lse` is filled in where it is not null.
+Tensor run(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+           const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t max_query_len, std::optional<double> scale,
+           bool causal, int64_t sliding_window, double softcap, const MaybeTensor& alibi_slopes,
+           const MaybeTensor& sinks, const MaybeTensor& key_scale, const MaybeTensor& value_scale, int64_t max_seq_len,
+           int64_t num_splits, bool deterministic, Tensor* lse) {
+  const CpuKernels& kernels = cpu_kernels();
   const Arg query_arg{query, "query"}, key_arg{key_cache, "key_cache"}, value_arg{value_cache, "value_cache"};
   const Arg cu_seqlens_arg{cu_seqlens_q, "cu_seqlens_q"};
   check_shapes(query_arg, key_arg, value_arg);
@@ -128,6 +129,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key_cache, con
   check_not_negative("max_query_len", double(max_query_len));
   check_not_negative("sliding_window", double(sliding_window));
   check_not_negative("softcap", softcap);
+  if (scale && !std::isfinite(*scale)) reject("scale", text(*scale), "finite");
   check_not_negative("max_seq_len", double(max_seq_len));
   check_not_negative("num_splits", double(num_splits));
 
@@ -163,18 +165,20 @@ std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key_cache, con
   const SplitPolicy policy{torch::stable::get_num_threads(), num_splits, deterministic, int64_t(query.element_size())};
 
   Tensor out = torch::stable::new_empty(query, {call.num_tokens, call.num_heads, call.v_head_dim});
-  Tensor lse = torch::stable::new_empty(query, {call.num_heads, with_lse ? call.num_tokens : 0}, ScalarType::Float);
   call.out = out.mutable_data_ptr();
-  call.lse = with_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
-  if (call.num_tokens == 0 || call.num_heads == 0) return {out, lse};
+  if (lse) {
+    *lse = torch::stable::new_empty(query, {call.num_heads, call.num_tokens}, ScalarType::Float);
+    call.lse = static_cast<float*>(lse->mutable_data_ptr());
+  }
+  if (call.num_tokens == 0 || call.num_heads == 0) return out;
 
   switch (query.scalar_type()) {
     case ScalarType::Double: attend_in_double(call); break;
-    case ScalarType::Float: attend(call, cpu_kernels().attention_float32, policy); break;
-    case ScalarType::BFloat16: attend(call, cpu_kernels().attention_bfloat16, policy); break;
-    default: attend(call, cpu_kernels().attention_float16, policy); break;
+    case ScalarType::Float: attend(call, kernels.attention_float32, policy); break;
+    case ScalarType::BFloat16: attend(call, kernels.attention_bfloat16, policy); break;
+    default: attend(call, kernels.attention_float16, policy); break;
   }
-  return {out, lse};
+  return out;
 }
 
 std::tuple<Tensor, Tensor> attention_with_lse(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
@@ -184,9 +188,11 @@ std::tuple<Tensor, Tensor> attention_with_lse(const Tensor& query, const Tensor&
                                               double softcap, const MaybeTensor& alibi_slopes, const MaybeTensor& sinks,
                                               const MaybeTensor& key_scale, const MaybeTensor& value_scale,
                                               int64_t max_seq_len, int64_t num_splits, bool deterministic) {
-  return run(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, max_query_len, scale, causal,
-             sliding_window, softcap, alibi_slopes, sinks, key_scale, value_scale, max_seq_len, num_splits,
-             deterministic, true);
+  Tensor lse;
+  Tensor out = run(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, max_query_len, scale, causal,
+                   sliding_window, softcap, alibi_slopes, sinks, key_scale, value_scale, max_seq_len, num_splits,
+                   deterministic, &lse);
+  return {out, lse};
 }
 
 Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
@@ -194,9 +200,9 @@ Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& val
                  bool causal, int64_t sliding_window, double softcap, const MaybeTensor& alibi_slopes,
                  const MaybeTensor& sinks, const MaybeTensor& key_scale, const MaybeTensor& value_scale,
                  int64_t max_seq_len, int64_t num_splits, bool deterministic) {
-  return std::get<0>(run(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, max_query_len, scale,
-                         causal, sliding_window, softcap, alibi_slopes, sinks, key_scale, value_scale, max_seq_len,
-                         num_splits, deterministic, false));
+  return run(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, max_query_len, scale, causal,
+             sliding_window, softcap, alibi_slopes, sinks, key_scale, value_scale, max_seq_len, num_splits,
+             deterministic, nullptr);
 }
 
 }  // namespace

@@ -46,8 +46,8 @@ using BFloat16Dot = FloatDot<BFloat16>;
 
 constexpr int period_of(int rows) { return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8; }
 
-// Rows that the next step reads, fetched during this one: into the second-level cache, as the first level's fill buffers
-// are too few (Zen 4, one core, random blocks of 16: 14 GB/s; into the first level 7; without prefetching 7).
+// Rows that the next step reads, fetched during this one: into the second-level cache, as the first level's fill
+// buffers are too few (Zen 4, one core, random blocks of 16: 14 GB/s; into the first level 7; without prefetching 7).
 struct NextRows {
   const void* const* rows;
   int64_t count, bytes;

@@ -55,8 +55,8 @@ struct BFloat16Pairs {
     if (stride == 1) {
       std::memcpy(to, row, size * sizeof(BFloat16));
     } else {
-      auto* elements = reinterpret_cast<uint16_t*>(to);
-      for (int64_t d = 0; d < size; ++d) elements[d] = row[d * stride].bits;
+      auto* bytes = reinterpret_cast<char*>(to);
+      for (int64_t d = 0; d < size; ++d) std::memcpy(bytes + d * sizeof(BFloat16), row + d * stride, sizeof(BFloat16));
     }
   }
   PAGED_INLINE void pack_values(const Chunk* values, uint32_t* to) {
