@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -158,7 +159,7 @@ Tensor run(const Tensor& query, const Tensor& key_cache, const Tensor& value_cac
   call.value = strides_of_cache(value_cache);
   call.scale = scale ? *scale : 1.0 / std::sqrt(double(call.head_dim));
   call.softcap = softcap;
-  call.sliding_window = sliding_window;
+  call.sliding_window = std::min(sliding_window, int64_t(1) << 31);  // as good as any longer one: seq_lens is int32
   call.causal = causal;
   check_positions(call, key_cache.size(0), block_table.size(1), max_query_len);
 

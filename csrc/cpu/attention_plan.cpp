@@ -52,7 +52,7 @@ class Assignment {
     plan.partial_floats = 0;
   }
 
-  // The caller cuts one piece into neighbours by calling this with `cut` set for all of them, `first` for the first.
+  // A piece is cut into neighbours by adding them one after the other with `cut` set, `first` for the first of them.
   void add(AttentionWork work, bool cut, bool first) {
     if (cut) {
       if (first) plan_.merges.push_back({int64_t(plan_.work.size()), 0});
@@ -106,7 +106,7 @@ void split_by_length(const std::vector<AttentionWork>& pieces, const SplitPolicy
     const int64_t keys = piece.key_end - piece.key_begin;
     int64_t length = kFixedSplit;
     if (policy.num_splits > 0) {
-      length = (keys + policy.num_splits - 1) / policy.num_splits;
+      length = keys / policy.num_splits + (keys % policy.num_splits != 0);
       length = std::max(kTileKeys, (length + kTileKeys - 1) / kTileKeys * kTileKeys);
     }
     AttentionWork part = piece;
