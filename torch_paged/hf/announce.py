@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call, current
 from torch_paged.hf.support import Path, Support
 
-if TYPE_CHECKING:
-    from torch_paged.hf.handle import PagedHandle
-
 
 @contextmanager
-def announced(cache: PagedCache, inputs: dict[str, Any], *, native: bool, handle: PagedHandle) -> Iterator[None]:
-    """Announce the forward pass over `inputs` to `cache`; take it back if the pass raises."""
-    call = make_call(cache, inputs, native=native, handle=handle)
-    if call is None:
-        yield
-        return
+def announced(inputs: dict[str, Any], *, native: bool, say: Callable[[Support], None]) -> Iterator[None]:
+    """Announce the forward pass over `inputs` to its PagedCache, if it has one; take it back if the pass raises.
+
+    Args:
+        inputs: the model's arguments by name.
+        native: the model's attention can read blocks in place.
+        say: told why this call does not, where it does not.
+    """
+    cache = inputs.get("past_key_values")
+    cache = cache if isinstance(cache, PagedCache) else None
+    call = None if cache is None else make_call(cache, inputs, native=native, say=say)
+    # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
     outer, current.call = current.call, call
     try:
-        cache.announce(call)
+        if cache is not None and call is not None:
+            cache.announce(call)
         yield
     except BaseException:
-        cache.rollback(call)
+        if cache is not None and call is not None:
+            cache.rollback(call)
         raise
     finally:
         current.call = outer
 
 
-def make_call(cache: PagedCache, inputs: dict[str, Any], *, native: bool, handle: PagedHandle) -> Call | None:
+def make_call(
+    cache: PagedCache, inputs: dict[str, Any], *, native: bool, say: Callable[[Support], None]
+) -> Call | None:
     """The Call for these model inputs; None if they are of a kind that only the layers can tell.
 
     Raises:
@@ -43,7 +49,7 @@ def make_call(cache: PagedCache, inputs: dict[str, Any], *, native: bool, handle
     """
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    mask = inputs.get("attention_mask")
+    attention_mask = inputs.get("attention_mask")
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return None
     num_seqs, width = int(tokens.shape[0]), int(tokens.shape[1])
@@ -52,23 +58,23 @@ def make_call(cache: PagedCache, inputs: dict[str, Any], *, native: bool, handle
     columns = cache.state.columns
     relation = "same"
     call = Call(num_seqs, width)
-    if mask is None or tuple(mask.shape) == (num_seqs, columns.count + width):
-        relation = columns.compare(mask)
+    if attention_mask is None or tuple(attention_mask.shape) == (num_seqs, columns.count + width):
+        mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
+        relation = columns.compare(None if mask is None else mask[:, : columns.count])
         if relation == "reveals":
             raise ValueError(
                 f"attention_mask: {'None' if mask is None else 'shows columns that earlier calls hid'}; must keep "
                 "hiding the padding of earlier calls, which a PagedCache does not store"
             )
-        new = None if mask is None else mask[:, columns.count :].bool()
-        if new is not None and not bool(new.all()):
-            call = Call(num_seqs, width, new.cpu().numpy())
+        if mask is not None and not mask[:, columns.count :].all():
+            call = Call(num_seqs, width, mask[:, columns.count :].copy())
     else:
         relation = "other"
     reason = _not_native(cache, call, inputs, relation)
     if reason is None:
         call.native = True
     else:
-        handle.voice.say(Support(Path.GATHER, reason), strict=handle.config.strict)
+        say(Support(Path.GATHER, reason))
     return call
 
 
@@ -80,16 +86,6 @@ def _not_native(cache: PagedCache, call: Call, inputs: dict[str, Any], relation:
         return "attention_mask is not one row of columns per sequence"
     if relation == "hides":
         return "attention_mask hides tokens that are stored"
-    if any(cache.is_sliding) and _has_holes(cache, call):
+    if any(cache.is_sliding) and cache.state.columns.holes_with(call):
         return "attention_mask has holes under a sliding window, which counts them"
     return None
-
-
-def _has_holes(cache: PagedCache, call: Call) -> bool:
-    """Whether a hidden column stands after a stored one, so that distances in columns and in tokens differ."""
-    if call.valid is None and cache.state.columns.all_stored:
-        return False
-    stored = cache.state.columns.stored(call.num_seqs).numpy()
-    new = np.ones((call.num_seqs, call.width), dtype=bool) if call.valid is None else call.valid
-    everything = np.concatenate([stored, new], 1)
-    return bool((everything[:, :-1] & ~everything[:, 1:]).any())

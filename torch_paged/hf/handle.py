@@ -25,7 +25,7 @@ class PagedHandle:
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig) -> None:
         self.config = config
-        self.voice = Voice(type(model).__name__)
+        self._voice = Voice(type(model).__name__)
         self._pools = Pools(config)
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
@@ -66,7 +66,7 @@ class PagedHandle:
         assert model is not None
         support = self.support(model)
         if support.path is not Path.NATIVE:
-            self.voice.say(support, strict=self.config.strict)
+            self.say(support)
         self._native_installed = support.path is Path.NATIVE
         stock_class = type(model)
         model.__class__ = paged_class(stock_class, self)
@@ -85,7 +85,7 @@ class PagedHandle:
         live = sum(cache.state.num_seqs is not None for cache in self._caches)
         if live:
             raise RuntimeError(
-                f"{self.voice.model_class} is patched with {self.config} and {live} of its caches hold blocks: "
+                f"{self._voice.model_class} is patched with {self.config} and {live} of its caches hold blocks: "
                 "delete the past_key_values that generate returned, or unpatch, before choosing other knobs"
             )
         self.config = config
@@ -102,11 +102,11 @@ class PagedHandle:
         """The paged cache for the empty one that `generate` made; the same cache where it cannot be paged."""
         support = self.support(model)
         if support.path is Path.STOCK:
-            self.voice.say(support, strict=self.config.strict)
+            self.say(support)
             return cache
         if not is_plain_dynamic(cache):
             reason = f"its cache is a {type(cache).__name__}"
-            self.voice.say(Support(Path.STOCK, reason), strict=self.config.strict)
+            self.say(Support(Path.STOCK, reason))
             return cache
         paged = PagedCache.like(cache, self._pools)
         self._caches.add(paged)
@@ -114,6 +114,10 @@ class PagedHandle:
         if created is not None:
             created.append(weakref.ref(paged))
         return paged
+
+    def say(self, support: Support) -> None:
+        """Tell the user once why something does not run natively; raise ValueError if `strict`."""
+        self._voice.say(support, strict=self.config.strict)
 
     @contextmanager
     def generation(self) -> Iterator[None]:

@@ -108,7 +108,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         # A block that left the window is masked wherever it is gathered: any block's content will do.
         block_table = block_table.clamp(min=0)
         all_stored = self.state.columns.all_stored
-        stored = None if all_stored else self.state.columns.stored(len(seq_lens))[:, :columns].to(seq_lens.device)
+        stored = None
+        if not all_stored:
+            stored = torch.from_numpy(self.state.columns.stored(len(seq_lens))[:, :columns]).to(seq_lens.device)
         seq_lens = torch.full_like(seq_lens, columns) if stored is None else stored.sum(1, dtype=torch.int32)
         max_seq_len = columns if stored is None else int(seq_lens.max())
         gathered = torch.ops.paged.gather_cache(self.key_cache, self.value_cache, block_table, seq_lens, max_seq_len)

@@ -11,7 +11,6 @@ from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
 from torch_paged.hf.announce import announced
-from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.prefill import prefill_once
 from torch_paged.hf.support import Path
 
@@ -46,11 +45,8 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             named = dict(zip(parameters[1:], args, strict=False)) | kwargs
-            cache = named.get("past_key_values")
-            if not isinstance(cache, PagedCache):
-                return super().__call__(*args, **kwargs)
             native = handle.support(self).path is Path.NATIVE
-            with announced(cache, named, native=native, handle=handle):
+            with announced(named, native=native, say=handle.say):
                 return super().__call__(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

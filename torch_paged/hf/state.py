@@ -70,7 +70,7 @@ class CacheState:
         indices = rows.numpy().astype(np.int64)
         for group in self.groups.values():
             group.select(indices)
-        self.columns.select(rows)
+        self.columns.select(indices)
         self.num_seqs = len(indices)
         self.call = None
 

@@ -2,18 +2,22 @@
 
 import argparse
 import json
+from typing import NoReturn
 
 import numpy as np
 import torch
 from rich.table import Table
+from transformers import LlamaConfig
 
 from torch_paged.cli.arguments import at_least
 from torch_paged.cli.bench.timing import Timing, alternate
 from torch_paged.cli.env import collect
 from torch_paged.cli.report import print_environment, wide_console
-from torch_paged.memory import BlockTables, MemoryBudget, Pool
+from torch_paged.hf import PagedCache
+from torch_paged.hf.announce import make_call
+from torch_paged.hf.support import Support
 
-NUM_HEADS, HEAD_DIM = 1, 8  # The bookkeeping moves no keys or values, so small ones keep the pool small.
+HEAD_DIM = 8  # The bookkeeping moves no keys or values, so small ones keep the pool small.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,25 +61,34 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int, 
         seed: of the lengths.
 
     Returns:
-        Seconds of one step: room for the tokens, copies on write, slots, table and lengths, each layer's caches.
+        Seconds of one step: what the attention mask says, room for the tokens, slots, table and lengths, and each
+        layer's look at them. The mask is left-padded as generate makes it, so that no padding is stored.
     """
-    blocks_per_row = -(-(context + steps + 1) // block_size)
-    bytes_per_block = 2 * layers * block_size * NUM_HEADS * HEAD_DIM * torch.float32.itemsize
-    device = torch.device("cpu")
-    budget = MemoryBudget(batch * blocks_per_row * bytes_per_block, device)
-    pool = Pool(num_layers=layers, block_size=block_size, budget=budget, device=device)
-    new = torch.empty(batch, NUM_HEADS, 1, HEAD_DIM)
-    pool.layer(0, new, new)
-    tables = BlockTables(pool, batch)
-    tables.append(np.random.default_rng(seed).integers(1, context, size=batch, endpoint=True))
-    one_each = np.ones(batch, dtype=np.int64)
+    config = LlamaConfig(
+        hidden_size=HEAD_DIM,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_hidden_layers=layers,
+    )
+    cache = PagedCache(config, block_size=block_size)
+    lengths = torch.from_numpy(np.random.default_rng(seed).integers(1, context, size=batch, endpoint=True))
+    mask = (torch.arange(context) >= context - lengths[:, None]).long()
+    mask = torch.cat([mask, torch.ones(batch, steps + 1, dtype=torch.long)], 1)
 
-    def step(_: int) -> None:
-        with pool.lock:
-            pool.copy_blocks(tables.append(one_each))
-            torch.from_numpy(tables.slots(one_each, None, 1)).to(device)
-            tables.step()
-            for index in range(layers):
-                pool.layer(index, new, new)
+    def step(columns: int, width: int) -> None:
+        inputs = {"input_ids": torch.empty(batch, width), "attention_mask": mask[:, :columns]}
+        call = make_call(cache, inputs, native=True, say=refuse)
+        assert call is not None
+        cache.announce(call)
+        for layer in cache.layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(new, new)
+            layer.group.plan(call)
 
-    return alternate({"step": step}, rounds=steps)["step"]
+    new = torch.empty(batch, 1, 1, HEAD_DIM)
+    step(context, context)
+    return alternate({"step": lambda number: step(context + number + 2, 1)}, rounds=steps)["step"]
+
+
+def refuse(support: Support) -> NoReturn:
+    raise AssertionError(support.reason)
