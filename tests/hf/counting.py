@@ -1,4 +1,4 @@
-"""Count the ops that run, and the tokens a model computes."""
+"""Count what a test run does: the ops that run, the tokens a model computes, the warnings we gave."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,3 +49,8 @@ def count_tokens(model: nn.Module) -> Iterator[list[int]]:
         yield tokens
     finally:
         hook.remove()
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What our logger said."""
+    return [record.getMessage() for record in caplog.records if record.name == "torch_paged"]

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    JambaConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     PreTrainedModel,
@@ -54,11 +57,17 @@ CONFIGS: dict[str, Any] = {
         word_embed_proj_dim=64,
     ),
 }  # fmt: skip
+CONFIGS["bloom"] = lambda: BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=3, n_head=4, pad_token_id=PAD)
+# Layers of keys and values among layers of another state, and a model without any.
+CONFIGS["jamba"] = lambda: JambaConfig(
+    **SMALL, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2, mamba_d_state=4
+)
+CONFIGS["mamba"] = lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
 NATIVE = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-full", "gpt2"]
-GATHERED = ["gemma", "gpt_neox", "opt"]
+GATHERED = ["bloom", "gemma", "gpt_neox", "jamba", "opt"]
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> PreTrainedModel:
+def tiny(name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> PreTrainedModel:
     """A model with weights large enough that its tokens depend on the whole context."""
     torch.manual_seed(0)
     config = CONFIGS[name]()

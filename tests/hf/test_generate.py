@@ -10,7 +10,7 @@ import torch
 
 import torch_paged
 
-from .counting import count_calls
+from .counting import count_calls, messages
 from .models import GATHERED, NATIVE, assert_same_tokens, batch, generate, tiny, tiny_t5
 
 MODES: dict[str, dict[str, Any]] = {
@@ -63,10 +63,9 @@ def test_other_families_gather_with_one_warning(name: str, mode: str, caplog: py
         assert handle.stats().peak_bytes > 0
     assert_same_tokens(model, expected, actual, prompt=40)
     assert calls["paged.attention"] == 0 < calls["gather"]
-    messages = [record.getMessage() for record in caplog.records if record.name == "torch_paged"]
-    assert len(messages) == 1
+    (message,) = messages(caplog)
     for part in (type(model).__name__, model.config.model_type, "gathered"):
-        assert part in messages[0]
+        assert part in message
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -116,14 +115,58 @@ def test_head_dims_that_the_op_refuses_are_gathered(caplog: pytest.LogCaptureFix
     assert "head_dim 12 is no multiple of 8" in caplog.text
 
 
-def test_encoder_decoder_keeps_the_stock_cache_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mode", ["greedy", "beams", "samples"])
+def test_encoder_decoder_gathers_its_self_attention(mode: str, caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = tiny_t5(), batch([9, 5])
+    expected = generate(model, inputs, **MODES[mode])
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model, block_size=4) as handle:
+        actual = generate(model, inputs, **MODES[mode])
+        assert handle.stats().peak_bytes > 0 == handle.stats().blocks_used
+    assert torch.equal(expected, actual)
+    assert [message.partition(";")[0] for message in messages(caplog)] == [
+        "T5ForConditionalGeneration: encoder-decoder models are not among the native ones"
+    ]
+
+
+def test_a_model_without_keys_and_values_keeps_its_cache_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = tiny("mamba"), batch([9, 9])
+    expected = generate(model, inputs)
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model) as handle:
+        assert torch.equal(generate(model, inputs), expected)
+        assert handle.stats().peak_bytes == 0
+    (message,) = messages(caplog)
+    assert "MambaForCausalLM" in message and "nothing is paged" in message
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_training_mode_keeps_mask_and_dropout(
+    name: str, attn_implementation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dropout belongs to the model's own attention, which needs its mask; so little of it that tokens compare."""
+    model, inputs = tiny(name, attn_implementation=attn_implementation).train(), batch([20, 5, 9])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 1e-7
+    setattr(model.config, "attn_pdrop" if name == "gpt2" else "attention_dropout", 1e-7)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 1e-7
     expected = generate(model, inputs)
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model) as handle:
         actual = generate(model, inputs)
-        assert handle.stats().peak_bytes == 0
-    assert torch.equal(expected, actual)
-    assert [r.getMessage() for r in caplog.records if "T5ForConditionalGeneration" in r.getMessage()]
+        assert handle.stats().peak_bytes > 0
+    assert_same_tokens(model, expected, actual, prompt=20)
+    assert "dropout" in caplog.text
+
+
+def test_a_native_call_refuses_what_needs_a_mask() -> None:
+    model, inputs = tiny("llama"), batch([9, 5])
+    model.model.layers[1].self_attn.is_causal = False
+    with torch_paged.paged(model) as handle:
+        with pytest.raises(RuntimeError, match="LlamaAttention: asks for dropout"):
+            generate(model, inputs)
+        assert handle.stats().blocks_used == 0
 
 
 def test_a_cache_of_the_callers_wins() -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LogitsProcessor
 
 import torch_paged
 
+from .counting import messages
 from .models import batch, generate, tiny, tiny_t5, twin
 
 
@@ -230,6 +231,29 @@ def generate_greedy(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Ten
     return model.generate(**inputs, do_sample=False, max_new_tokens=24, pad_token_id=0, eos_token_id=None)
 
 
+def test_a_held_cache_does_not_hinder_the_end_of_a_nested_block() -> None:
+    model = tiny("llama")
+    outer = torch_paged.patch(model, block_size=4)
+    with torch_paged.paged(model, block_size=8):
+        held = generate(model, batch([9]), return_dict_in_generate=True)
+    assert outer.config.block_size == 4 and outer.stats().blocks_used == 0
+    assert held.past_key_values.stats().blocks_used > 0
+    del held
+    with pytest.raises(KeyError, match="mine"), torch_paged.paged(model, block_size=8):
+        held = generate(model, batch([9]), return_dict_in_generate=True)
+        assert held.past_key_values.stats().blocks_used > 0
+        raise KeyError("mine")
+    assert outer.config.block_size == 4
+
+
+def test_strict_is_asked_again_when_patching_again() -> None:
+    model = tiny("gemma")
+    handle = torch_paged.patch(model)
+    with pytest.raises(ValueError, match="model type 'gemma'"):
+        torch_paged.patch(model, strict=True)
+    assert handle.config == torch_paged.PagedConfig()
+
+
 @pytest.mark.parametrize("make", [lambda: tiny("gemma"), tiny_t5])
 def test_strict_raises_instead_of_falling_back(make: Any) -> None:
     model = make()
@@ -237,6 +261,18 @@ def test_strict_raises_instead_of_falling_back(make: Any) -> None:
     with pytest.raises(ValueError, match=type(model).__name__):
         torch_paged.patch(model, strict=True)
     assert _snapshot(model) == before
+
+
+def test_a_cache_of_ones_own_says_that_the_model_is_not_patched(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = tiny("llama"), batch([9])
+    with caplog.at_level(logging.WARNING, "torch_paged"):
+        generate(model, inputs, past_key_values=torch_paged.PagedCache(model.config))
+    (message,) = messages(caplog)
+    assert "PagedCache" in message and "not patched" in message and "gathered" in message
+    cache = torch_paged.PagedCache(model.config, strict=True)
+    with pytest.raises(ValueError, match="not patched"):
+        generate(model, inputs, past_key_values=cache)
+    assert cache.stats().blocks_used == 0
 
 
 def test_strict_calls_raise_too() -> None:

@@ -14,17 +14,18 @@ from torch_paged.hf.support import Path, Support
 
 
 @contextmanager
-def announced(inputs: dict[str, Any], *, native: bool, say: Callable[[Support], None]) -> Iterator[None]:
+def announced(inputs: dict[str, Any], *, native: bool, dropout: bool, say: Callable[[Support], None]) -> Iterator[None]:
     """Announce the forward pass over `inputs` to its PagedCache, if it has one; take it back if the pass raises.
 
     Args:
         inputs: the model's arguments by name.
         native: the model's attention can read blocks in place.
+        dropout: the model is training with dropout in its attention.
         say: told why this call does not, where it does not.
     """
     cache = inputs.get("past_key_values")
     cache = cache if isinstance(cache, PagedCache) else None
-    call = None if cache is None else make_call(cache, inputs, native=native, say=say)
+    call = None if cache is None else make_call(cache, inputs, native=native, dropout=dropout, say=say)
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
     outer, current.call = current.call, call
     try:
@@ -40,7 +41,7 @@ def announced(inputs: dict[str, Any], *, native: bool, say: Callable[[Support], 
 
 
 def make_call(
-    cache: PagedCache, inputs: dict[str, Any], *, native: bool, say: Callable[[Support], None]
+    cache: PagedCache, inputs: dict[str, Any], *, native: bool, dropout: bool, say: Callable[[Support], None]
 ) -> Call | None:
     """The Call for these model inputs; None if they are of a kind that only the layers can tell.
 
@@ -70,7 +71,8 @@ def make_call(
             call = Call(num_seqs, width, mask[:, columns.count :].copy())
     else:
         relation = "other"
-    reason = _not_native(cache, call, inputs, relation)
+    reason = "training applies the dropout of the model's own attention" if dropout else None
+    reason = reason or _not_native(cache, call, inputs, relation)
     if reason is None:
         call.native = True
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from torch_paged.hf.group import Step
 from torch_paged.hf.implementation import NAME, previous
 from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import PagedKV, materialize
@@ -36,7 +37,8 @@ def paged_attention(
 
     Returns: `[batch, width, heads, v_head_dim]`, and the attention weights where the model's own attention gives them.
     """
-    if not (isinstance(key, PagedKV) and isinstance(value, PagedKV) and _native(key, module, dropout, kwargs)):
+    step = _native_step(key)
+    if step is None:
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window
         if softcap is not None:
@@ -54,8 +56,9 @@ def paged_attention(
             **kwargs,
         )
         return output
+    _require_plain_causal(module, dropout, kwargs)
+    assert isinstance(key, PagedKV)
     layer = key.pair.layer
-    step = layer.step
     batch, heads, width, head_dim = query.shape
     rows = query.transpose(1, 2).reshape(batch * width, heads, head_dim).to(layer.dtype)
     if step.query_rows is not None:
@@ -81,14 +84,24 @@ def paged_attention(
     return out.view(batch, width, heads, -1), None
 
 
-def _native(key: PagedKV, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> bool:
-    call = key.pair.layer.call
+def _native_step(key: Tensor) -> Step | None:
+    """The plan to read the blocks by, in a native call over a PagedCache."""
+    if not isinstance(key, PagedKV):
+        return None
+    layer = key.pair.layer
+    return layer.step if layer.call is not None and layer.call.native else None
+
+
+def _require_plain_causal(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    """A native call has no mask that another attention could use: what was not foreseen must not run on without one."""
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    return (
-        call is not None and call.native and dropout == 0.0 and kwargs.get("position_bias") is None and bool(is_causal)
-    )
+    if dropout != 0.0 or kwargs.get("position_bias") is not None or not is_causal:
+        raise RuntimeError(
+            f"{type(module).__name__}: asks for dropout, a position bias or bidirectional attention in the middle of a "
+            "call that reads blocks in place; unpatch the model, and please report this"
+        )
 
 
 def _own_attention(module: nn.Module) -> Any:

@@ -15,6 +15,7 @@ from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.layer import PagedLayer
 from torch_paged.hf.pools import Pools
 from torch_paged.hf.state import CacheState
+from torch_paged.hf.support import Voice
 from torch_paged.memory import PoolStats
 
 
@@ -33,7 +34,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
     """
 
     def __init__(self, config: PreTrainedConfig, **knobs: Any) -> None:
-        self._build(DynamicCache(config=config), Pools(PagedConfig(**knobs)))
+        self._build(DynamicCache(config=config), Pools(PagedConfig(**knobs)), Voice("PagedCache"))
 
     @classmethod
     def like(cls, stock: DynamicCache, pools: Pools) -> PagedCache:
@@ -42,10 +43,10 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         cache._build(stock, pools)
         return cache
 
-    def _build(self, stock: DynamicCache, pools: Pools) -> None:
+    def _build(self, stock: DynamicCache, pools: Pools, voice: Voice | None = None) -> None:
         windows = [_sliding_window(layer) for layer in stock.layers]
         per_window = {window: windows.count(window) for window in windows if window is not None}
-        self.state = CacheState(pools, per_window)
+        self.state = CacheState(pools, per_window, voice)
         layers = [
             layer if window is None else PagedLayer(self.state, window)
             for layer, window in zip(stock.layers, windows, strict=True)
@@ -85,14 +86,17 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             layer.columns = max(0, layer.columns - width)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make old row `beam_idx[i]` the new row i, int64 `[rows]`: a table edit."""
         self._other_layers("reorder_cache", beam_idx)
         self.state.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows: int64 `[rows]`, or bool over the rows there are."""
         self._other_layers("batch_select_indices", indices)
         self.state.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Make each row `repeats` rows that share its blocks."""
         self._other_layers("batch_repeat_interleave", repeats)
         if self.state.num_seqs is not None:
             self.state.select(torch.arange(self.state.num_seqs).repeat_interleave(repeats))
@@ -125,6 +129,11 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
         raise TypeError("a PagedCache cannot be pickled: its blocks live in a pool of this process")
+
+    @property
+    def all_paged(self) -> bool:
+        """Whether no layer keeps a state of another kind, which table edits do not move."""
+        return all(isinstance(layer, PagedLayer) for layer in self.layers)
 
     def _paged_layers(self) -> list[PagedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]

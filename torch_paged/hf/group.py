@@ -78,18 +78,17 @@ class LayerGroup:
     def select(self, rows: np.ndarray) -> None:
         with self.pool.lock:
             self.tables.select(rows)
-        self.step = None
+        self.call = self.step = None
 
     def crop(self, num_tokens: np.ndarray) -> None:
         with self.pool.lock:
             self.tables.crop(num_tokens)
-        self.step = None
+        self.call = self.step = None
 
     def rollback(self, call: Call) -> None:
         """Undo `plan(call)`, for a forward pass that did not finish."""
         if self.call is call:
             self.crop(call.num_tokens)
-            self.call = None
 
     def record_past(self) -> None:
         self.tables.record_past = True

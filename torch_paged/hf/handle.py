@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import EncoderDecoderCache
 
 from torch_paged.hf import implementation
 from torch_paged.hf.cache import PagedCache
@@ -44,6 +44,7 @@ class PagedHandle:
 
     @property
     def patched(self) -> bool:
+        """Whether the model is patched by this handle."""
         return self._stock_class is not None
 
     def unpatch(self) -> None:
@@ -65,7 +66,7 @@ class PagedHandle:
         model = self._model()
         assert model is not None
         support = self.support(model)
-        if support.path is not Path.NATIVE:
+        if support.path is not Path.NATIVE and self.config.strict:
             self.say(support)
         self._native_installed = support.path is Path.NATIVE
         stock_class = type(model)
@@ -74,22 +75,34 @@ class PagedHandle:
         if self._native_installed:
             implementation.install(model)
 
+    @property
+    def settings(self) -> tuple[PagedConfig, Pools]:
+        """The knobs and the pools that go with them; set to go back to earlier ones."""
+        return self.config, self._pools
+
+    @settings.setter
+    def settings(self, settings: tuple[PagedConfig, Pools]) -> None:
+        self.config, self._pools = settings
+
     def reconfigure(self, config: PagedConfig) -> None:
         """Other knobs, and new pools for them.
 
         Raises:
+            ValueError: `strict`, and the model does not run natively.
             RuntimeError: a cache of this model still holds blocks.
         """
         if config == self.config:
             return
+        model = self._model()
+        if model is not None and (support := self.support(model)).path is not Path.NATIVE and config.strict:
+            self._voice.say(support, strict=True)
         live = sum(cache.state.num_seqs is not None for cache in self._caches)
         if live:
             raise RuntimeError(
                 f"{self._voice.model_class} is patched with {self.config} and {live} of its caches hold blocks: "
                 "delete the past_key_values that generate returned, or unpatch, before choosing other knobs"
             )
-        self.config = config
-        self._pools = Pools(config)
+        self.settings = config, Pools(config)
 
     def support(self, model: PreTrainedModel) -> Support:
         """How the model runs where it is now: a model may be moved to another device while it is patched."""
@@ -98,15 +111,18 @@ class PagedHandle:
             self._support[device_type] = model_support(model)
         return self._support[device_type]
 
-    def replace(self, model: PreTrainedModel, cache: Cache) -> Cache:
+    def replace(self, model: PreTrainedModel, cache: Any) -> Any:
         """The paged cache for the empty one that `generate` made; the same cache where it cannot be paged."""
         support = self.support(model)
-        if support.path is Path.STOCK:
-            self.say(support)
+        if isinstance(cache, EncoderDecoderCache) and support.path is not Path.STOCK:
+            cache.self_attention_cache = self.replace(model, cache.self_attention_cache)
             return cache
-        if not is_plain_dynamic(cache):
-            reason = f"its cache is a {type(cache).__name__}"
-            self.say(Support(Path.STOCK, reason))
+        if support.path is not Path.STOCK and not is_plain_dynamic(cache):
+            kind = "makes its own cache" if cache is None else f"has a {type(cache).__name__}"
+            support = Support(Path.STOCK, f"it {kind}, not a growing cache of keys and values")
+        if support.path is not Path.NATIVE:
+            self.say(support)
+        if support.path is Path.STOCK:
             return cache
         paged = PagedCache.like(cache, self._pools)
         self._caches.add(paged)

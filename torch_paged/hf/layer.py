@@ -14,6 +14,7 @@ from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import GatheredPair, PagedKV
 from torch_paged.hf.pools import GroupKey
 from torch_paged.hf.state import CacheState
+from torch_paged.hf.support import has_kernel
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -43,6 +44,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Join the group of layers with the same device, dtype, heads and window, and take a place in its pool."""
+        if not has_kernel("paged::gather_cache", key_states.device.type):
+            raise ValueError(
+                f"device: {key_states.device}; must be one this build of torch_paged has kernels for (cpu)"
+            )
         self.dtype, self.device = _storage_dtype(key_states, value_states), key_states.device
         key = GroupKey(
             device=self.device,
@@ -71,6 +76,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         call = self.state.call
         if call is None or call is self.call or (call.num_seqs, call.width) != (batch, width):
             # Nobody announced this forward pass: an unpatched model, or a layer called by itself.
+            self.state.say_unannounced()
             call = self.state.announce(Call(batch, width))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -93,10 +99,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         )
 
     @property
-    def step(self) -> Step:
-        """The plan of the forward pass that wrote this layer last."""
-        assert self.group is not None and self.call is not None
-        return self.group.plan(self.call)
+    def step(self) -> Step | None:
+        """The plan of the forward pass that wrote this layer last; None once the tables were edited after it."""
+        if self.group is None or self.call is None or self.group.call is not self.call:
+            return None
+        return self.group.step
 
     def gather(self, columns: int) -> tuple[Tensor, Tensor]:
         """K and V of the first `columns` columns as stock lays them out, zero where a column is not stored.
@@ -104,7 +111,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         Returns: `[batch, num_kv_heads, columns, head_dim]` and `[batch, num_kv_heads, columns, v_head_dim]`.
         """
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
-        block_table, seq_lens = self.group.tables.step()
+        step = self.step
+        block_table, seq_lens = (step.block_table, step.seq_lens) if step else self.group.tables.step()
         # A block that left the window is masked wherever it is gathered: any block's content will do.
         block_table = block_table.clamp(min=0)
         all_stored = self.state.columns.all_stored
@@ -116,7 +124,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         gathered = torch.ops.paged.gather_cache(self.key_cache, self.value_cache, block_table, seq_lens, max_seq_len)
         if stored is not None:
             gathered = tuple(_spread(tokens, seq_lens, stored) for tokens in gathered)
-        return gathered[0].transpose(1, 2), gathered[1].transpose(1, 2)
+        key, value = gathered
+        return key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
 
     @property
     def keys(self) -> Tensor | None:

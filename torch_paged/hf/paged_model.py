@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from torch_paged.hf import features
 from torch_paged.hf.announce import announced
 from torch_paged.hf.prefill import prefill_once
-from torch_paged.hf.support import Path
+from torch_paged.hf.support import Path, drops_attention
 
 if TYPE_CHECKING:
     from torch_paged.hf.handle import PagedHandle
@@ -39,14 +39,14 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             cache = model_kwargs.get("past_key_values")
             wants_stock = generation_config.cache_implementation not in (None, "dynamic")
-            if users is None and not wants_stock and cache is not None:
+            if users is None and not wants_stock and generation_config.use_cache is not False:
                 model_kwargs["past_key_values"] = handle.replace(self, cache)
             return result
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             named = dict(zip(parameters[1:], args, strict=False)) | kwargs
             native = handle.support(self).path is Path.NATIVE
-            with announced(named, native=native, say=handle.say):
+            with announced(named, native=native, dropout=drops_attention(self), say=handle.say):
                 return super().__call__(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

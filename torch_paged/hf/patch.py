@@ -51,7 +51,12 @@ def patch(model: nn.Module, **knobs: Any) -> PagedHandle:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Make a patched model the stock model again; nothing happens to one that is not patched."""
+    """Make a patched model the stock model again; nothing happens to one that is not patched.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: `model` cannot generate.
+    """
     inner = unwrap(model)
     with _lock:
         handle = _handles.pop(inner, None)
@@ -63,21 +68,28 @@ def unpatch(model: nn.Module) -> None:
 def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
     """`patch` for the length of a `with` block.
 
-    Inside another `paged` or on a patched model, the block runs with its own knobs and restores the outer ones.
+    Inside another `paged` or on a patched model, the block runs with its own knobs and pools and restores the outer
+    ones; caches made inside keep the pools they were made in.
+
+    Args:
+        model, **knobs: as for `patch`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `patch`, before the block runs.
     """
     inner = unwrap(model)
     with _lock:
         outer = _handles.get(inner)
-        outer_config = outer.config if outer is not None and outer.patched else None
+        settings = outer.settings if outer is not None and outer.patched else None
         handle = patch(inner, **knobs)
     try:
         yield handle
     finally:
         with _lock:
-            if outer_config is None:
+            if settings is None:
                 unpatch(inner)
-            elif handle.patched:
-                handle.reconfigure(outer_config)
+            else:
+                handle.settings = settings
 
 
 def unwrap(model: Any) -> PreTrainedModel:

@@ -33,6 +33,7 @@ def prefill_once(
         expand == 1
         or rows % expand
         or not isinstance(cache, PagedCache)
+        or not cache.all_paged
         or cache.get_seq_length() > 0
         or not _repeated(input_ids, model_kwargs, rows, expand)
     ):

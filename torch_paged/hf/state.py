@@ -9,14 +9,16 @@ from torch import Tensor
 from torch_paged.hf.call import Call, Columns
 from torch_paged.hf.group import LayerGroup
 from torch_paged.hf.pools import GroupKey, Pools
+from torch_paged.hf.support import Path, Support, Voice
 
 
 class CacheState:
     """Layers point here and this points at no layer: a dropped cache is freed at once, without the cycle collector."""
 
-    def __init__(self, pools: Pools, layers_per_window: dict[int, int]) -> None:
+    def __init__(self, pools: Pools, layers_per_window: dict[int, int], voice: Voice | None = None) -> None:
         self.pools = pools
         self.layers_per_window = layers_per_window
+        self.voice = voice
         self.groups: dict[GroupKey, LayerGroup] = {}
         self.columns = Columns()
         self.call: Call | None = None
@@ -32,6 +34,12 @@ class CacheState:
         self.call = call
         self.columns.append(call)
         return call
+
+    def say_unannounced(self) -> None:
+        """Tell the user of a cache of his own that the model using it is not patched; raise ValueError if strict."""
+        if self.voice is not None:
+            reason = "the model that uses it is not patched, so its attention cannot read blocks"
+            self.voice.say(Support(Path.GATHER, reason), strict=self.pools.config.strict)
 
     def group(self, key: GroupKey) -> LayerGroup:
         group = self.groups.get(key)
@@ -81,7 +89,7 @@ class CacheState:
 
     def fork(self) -> CacheState:
         """A state of its own over the same blocks; whoever writes a shared block first gets a copy of it."""
-        twin = CacheState(self.pools, self.layers_per_window)
+        twin = CacheState(self.pools, self.layers_per_window, self.voice)
         twin.groups = {key: group.fork() for key, group in self.groups.items()}
         twin.columns = self.columns.copy()
         twin.num_seqs = self.num_seqs

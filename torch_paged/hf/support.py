@@ -36,18 +36,20 @@ class Support:
 def model_support(model: PreTrainedModel) -> Support:
     """The path `generate` takes with the cache it would make for `model`."""
     config = model.config
-    if config.is_encoder_decoder:
-        return Support(Path.STOCK, "encoder-decoder models are not paged yet")
     devices = {p.device.type for p in model.parameters()} - {"meta", "cpu"}
     for device in sorted(devices):
-        if not _has_kernel("paged::attention", device):
+        if not has_kernel("paged::attention", device):
             return Support(Path.STOCK, f"this build has no paged attention for device {device!r}")
+    if config.is_encoder_decoder:
+        return Support(Path.GATHER, "encoder-decoder models are not among the native ones")
     if config.model_type not in NATIVE_MODEL_TYPES:
         return Support(Path.GATHER, f"model type {config.model_type!r} is not among the native ones")
     if getattr(config, "add_cross_attention", False):
         return Support(Path.GATHER, "cross-attention is not among the native paths")
     if getattr(config, "reorder_and_upcast_attn", False):
         return Support(Path.GATHER, "reorder_and_upcast_attn has its own attention code")
+    if not getattr(config, "is_causal", True):
+        return Support(Path.GATHER, "bidirectional attention is not among the native paths")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
         return Support(Path.GATHER, f"head_dim {head_dim} is no multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}")
@@ -71,6 +73,11 @@ class Voice:
             logger.warning(text)
 
 
-def _has_kernel(op: str, device_type: str) -> bool:
+def drops_attention(model: PreTrainedModel) -> bool:
+    """Whether the model is in training mode with dropout in its attention."""
+    return model.training and any(getattr(model.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+
+
+def has_kernel(op: str, device_type: str) -> bool:
     key = {"cuda": "CUDA", "cpu": "CPU"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
