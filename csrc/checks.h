@@ -46,6 +46,10 @@ inline std::string name_of(const Arg& arg) {
   reject(name_of(arg), is, must_be);
 }
 
+inline void check_at_least_0(const char* name, int64_t value) {
+  if (value < 0) reject(name, text(value), "at least 0");
+}
+
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte: return "uint8";

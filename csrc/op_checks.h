@@ -1,6 +1,7 @@
 // What each op demands of its arguments' dtypes, shapes, strides and devices; shared by the CPU and CUDA faces.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -49,7 +50,9 @@ inline void check_gather_cache(const Tensor& key_cache, const Tensor& value_cach
   const Arg keys{key_cache, "key_cache"};
   check_caches(keys, {value_cache, "value_cache"});
   check_tables({block_table, "block_table"}, {seq_lens, "seq_lens"}, keys);
-  if (max_seq_len < 0) reject("max_seq_len", text(max_seq_len), "at least 0");
+  check_at_least_0("max_seq_len", max_seq_len);
+  constexpr int64_t longest = std::numeric_limits<int32_t>::max();  // seq_lens is int32
+  if (max_seq_len > longest) reject("max_seq_len", text(max_seq_len), text("at most ", longest));
   check_scales(key_scale, value_scale, keys);
 }
 

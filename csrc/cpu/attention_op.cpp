@@ -24,10 +24,6 @@ void check_head_dim(const Arg& arg, int64_t head_dim) {
     reject(arg, text("head_dim ", head_dim), "a multiple of 8 from 8 to 512");
 }
 
-void check_not_negative(const char* name, double value) {
-  if (!(value >= 0) || std::isinf(value)) reject(name, text(value), "0 (off) or positive and finite");
-}
-
 const float* per_head(const MaybeTensor& tensor, const char* name, const Arg& query) {
   if (!tensor) return nullptr;
   const Arg arg{*tensor, name};
@@ -55,7 +51,6 @@ void check_shapes(const Arg& query, const Arg& key_cache, const Arg& value_cache
   check_head_dim(value_cache, value_cache.size(3));
   check_size(key_cache, 3, query.size(2), "head_dim of query");
   check_last_dim_contiguous(query);
-  if (key_cache.size(2) < 1) reject(key_cache, "0 KV heads", "at least 1 KV head");
   if (query.size(1) % key_cache.size(2))
     reject(query, text(query.size(1), " heads"), text("a multiple of num_kv_heads ", key_cache.size(2)));
 }
@@ -127,12 +122,12 @@ Tensor run(const Tensor& query, const Tensor& key_cache, const Tensor& value_cac
   check_same_device(cu_seqlens_arg, query_arg);
   check_size(cu_seqlens_arg, 0, seq_lens.size(0) + 1, "num_seqs + 1");
   check_contiguous(cu_seqlens_arg);
-  check_not_negative("max_query_len", double(max_query_len));
-  check_not_negative("sliding_window", double(sliding_window));
-  check_not_negative("softcap", softcap);
+  check_at_least_0("max_query_len", max_query_len);
+  check_at_least_0("sliding_window", sliding_window);
+  if (!(softcap >= 0) || std::isinf(softcap)) reject("softcap", text(softcap), "0 (off) or positive and finite");
   if (scale && !std::isfinite(*scale)) reject("scale", text(*scale), "finite");
-  check_not_negative("max_seq_len", double(max_seq_len));
-  check_not_negative("num_splits", double(num_splits));
+  check_at_least_0("max_seq_len", max_seq_len);
+  check_at_least_0("num_splits", num_splits);
 
   AttentionCall call{};
   call.alibi_slopes = per_head(alibi_slopes, "alibi_slopes", query_arg);

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD_DIM, HEADS
 from test_reservation import resident_bytes
 
+from tests.memory.small_pool import HEAD_DIM, HEADS
 from torch_paged import ops
 from torch_paged.memory import BlockTables, MemoryBudget, Pool, PoolStats
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from conftest import small_pool
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.memory.small_pool import small_pool
 from torch_paged.memory import BlockTables, PoolExhausted
 
 NUM_BLOCKS = 20

@@ -110,6 +110,10 @@ BAD = {
     "block_table 1-D": (lambda a: {"block_table": a["block_table"].flatten()}, "block_table: shape ["),
     "seq_lens int64": (lambda a: {"seq_lens": a["seq_lens"].long()}, "seq_lens: int64; must be int32"),
     "seq_lens too many": (lambda a: {"seq_lens": torch.zeros(9).int()}, "seq_lens: size 9 in dimension 0; must be "),
+    "max_seq_len too long": (
+        lambda a: {"max_seq_len": 2**31},
+        "max_seq_len: 2147483648; must be at most 2147483647",
+    ),
     "max_seq_len negative": (lambda a: {"max_seq_len": -1}, "max_seq_len: -1; must be at least 0"),
     "key_scale size": (lambda a: {"key_scale": torch.ones(3)}, "key_scale: shape [3]; must be [1] or [2]"),
     "value_scale dtype": (lambda a: {"value_scale": torch.ones(1).half()}, "value_scale: float16; must be float32"),

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from torch_paged.memory import parse_max_memory
-
-MAX_BLOCK_SIZE = 256
+from torch_paged.ops.cache_layout import check_block_size
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class PagedConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
             raise TypeError(f"block_size: {type(self.block_size).__name__}; must be an int")
-        if not 1 <= self.block_size <= MAX_BLOCK_SIZE or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size: {self.block_size}; must be a power of two from 1 to {MAX_BLOCK_SIZE}")
+        check_block_size(self.block_size)
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict: {type(self.strict).__name__}; must be a bool")
         parse_max_memory(self.max_memory)

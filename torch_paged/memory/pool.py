@@ -13,6 +13,7 @@ from torch_paged.memory.reservation import release_pages, reserve
 from torch_paged.memory.stats import PoolStats
 from torch_paged.memory.tables import BlockTables
 from torch_paged.ops import cache_view, copy_blocks
+from torch_paged.ops.cache_layout import check_block_size
 
 # Each layer's keys and values begin on a boundary of this many bytes: the largest page of the common systems.
 _PAGE = 65536
@@ -52,8 +53,7 @@ class Pool:
     ) -> None:
         if num_layers < 1:
             raise ValueError(f"num_layers: {num_layers}; must be at least 1")
-        if not 1 <= block_size <= 256 or block_size & (block_size - 1):
-            raise ValueError(f"block_size: {block_size}; must be a power of two from 1 to 256")
+        check_block_size(block_size)
         if sliding_window < 0:
             raise ValueError(f"sliding_window: {sliding_window}; must be at least 0")
         self.num_layers = num_layers

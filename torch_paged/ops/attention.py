@@ -59,7 +59,8 @@ def attention(
         sinks: float32 `[num_heads]`, one more logit per head in the denominator, without a value.
         key_scale: float32 `[1]` or `[num_kv_heads]`, the real key is the stored one times this.
         value_scale: likewise for the value.
-        max_seq_len: bound on `seq_lens` for the choice of `num_splits`; 0 is the width of the table.
+        max_seq_len: bound on `seq_lens` for the choice of `num_splits` where lengths lie on a device; 0 is the width of
+            the table. The CPU reads the lengths and does not need it.
         num_splits: parts in which to walk a sequence's keys side by side; 0 chooses.
         deterministic: make a row's result independent of its batch and of the number of threads.
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+MAX_BLOCK_SIZE = 256
+
 
 def empty_cache(
     num_blocks: int,
@@ -74,11 +76,20 @@ def cache_view(
     return storage[:num_bytes].view(dtype).view(num_blocks, num_kv_heads, block_size, head_dim).transpose(1, 2)
 
 
+def check_block_size(block_size: int) -> None:
+    """Refuse what no cache can have.
+
+    Raises:
+        ValueError: `block_size` is no power of two from 1 to 256.
+    """
+    if not 1 <= block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(f"block_size: {block_size}; must be a power of two from 1 to {MAX_BLOCK_SIZE}")
+
+
 def _check_sizes(num_blocks: int, block_size: int, num_kv_heads: int, **head_dims: int) -> None:
     if num_blocks < 0:
         raise ValueError(f"num_blocks: {num_blocks}; must be at least 0")
-    if not 1 <= block_size <= 256 or block_size & (block_size - 1):
-        raise ValueError(f"block_size: {block_size}; must be a power of two from 1 to 256")
+    check_block_size(block_size)
     for name, size in {"num_kv_heads": num_kv_heads, **head_dims}.items():
         if size < 1:
             raise ValueError(f"{name}: {size}; must be at least 1")
