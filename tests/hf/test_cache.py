@@ -50,6 +50,10 @@ def test_edits_match_dynamic_cache() -> None:
         cache.batch_select_indices(torch.tensor([True, False, True, False, False, True]))
     _update(both, rows=3, width=5, seed=3)
     _same(stock, paged)
+    for cache in both:
+        cache.batch_select_indices(torch.tensor([-1, 0, 1]))
+        cache.batch_select_indices([2, 0, 1])
+    _same(stock, paged)
     assert paged.get_mask_sizes(2, 0) == stock.get_mask_sizes(2, 0)
     for cache in both:
         cache.reset()
@@ -71,7 +75,9 @@ def test_bad_edits() -> None:
         cache.layers[0].reorder_cache(torch.tensor([1, 0]))
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(cache)
-    assert cache.get_seq_length() == 3
+    with pytest.raises(ValueError, match=r"key_states: .* \(2, 24, 24\); must be \(2, 16, 16\)"):
+        cache.update(torch.zeros(2, 2, 1, 24), torch.zeros(2, 2, 1, 24), 0)
+    assert cache.layers[0].get_seq_length() == 3
 
 
 def test_dropped_cache_gives_its_blocks_back_without_the_cycle_collector() -> None:

@@ -160,6 +160,44 @@ def test_training_mode_keeps_mask_and_dropout(
     assert "dropout" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_checkpointing_keeps_the_mask(name: str) -> None:
+    """It takes the cache away from the layers."""
+    model, inputs = tiny(name).train(), batch([9, 4])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable()
+    expected = generate(model, inputs, max_new_tokens=1)
+    with torch_paged.paged(model):
+        assert torch.equal(generate(model, inputs, max_new_tokens=1), expected)
+
+
+def test_a_model_that_uses_fewer_layers_than_before_and_then_all() -> None:
+    model, inputs = tiny("llama"), batch([20])
+    expected = generate(model, inputs, assistant_early_exit=1)
+    with torch_paged.paged(model) as handle:
+        assert torch.equal(generate(model, inputs, assistant_early_exit=1), expected)
+        assert handle.stats().blocks_used == 0
+
+
+def test_another_attention_implementation_while_patched() -> None:
+    model, inputs = tiny("llama"), batch([9, 4])
+    expected = generate(model, inputs)
+    with torch_paged.paged(model), count_calls() as calls:
+        model.set_attn_implementation("eager")
+        assert torch.equal(generate(model, inputs), expected)
+    assert calls["paged.attention"] == 0 < calls["gather"]
+    assert model.config._attn_implementation == "eager"
+
+
+def test_our_name_is_not_to_be_set_by_hand() -> None:
+    model = tiny("llama")
+    model.set_attn_implementation("torch_paged")
+    with pytest.raises(ValueError, match="must be set by torch_paged.patch"):
+        generate(model, batch([9]))
+
+
 def test_a_native_call_refuses_what_needs_a_mask() -> None:
     model, inputs = tiny("llama"), batch([9, 5])
     model.model.layers[1].self_attn.is_causal = False

@@ -246,6 +246,29 @@ def test_a_held_cache_does_not_hinder_the_end_of_a_nested_block() -> None:
     assert outer.config.block_size == 4
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma"])
+def test_unpatching_while_generate_runs(name: str, again: bool) -> None:
+    model, inputs = tiny(name), batch([20, 5])
+    before, expected = _snapshot(model), generate(model, inputs, eos_token_id=None)
+    steps = 0
+
+    def unpatch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            torch_paged.unpatch(model)
+            if again:
+                torch_paged.patch(model, block_size=2)
+        return scores
+
+    torch_paged.patch(model, block_size=4)
+    actual = generate(model, inputs, eos_token_id=None, logits_processor=LogitsProcessorList([unpatch]))
+    assert torch.equal(actual, expected)
+    torch_paged.unpatch(model)
+    assert _snapshot(model) == before
+
+
 def test_strict_is_asked_again_when_patching_again() -> None:
     model = tiny("gemma")
     handle = torch_paged.patch(model)

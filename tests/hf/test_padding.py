@@ -87,7 +87,7 @@ def test_second_turn_appends_to_a_returned_cache(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("holes", ["middle", "right"])
 def test_masks_with_holes(name: str, holes: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Full attention skips hidden columns natively; a sliding window counts them, so it gathers and says so."""
+    """Full attention skips hidden columns natively. Gathered: a window, which counts them; the last, which is read."""
     model = tiny(name)
     ids = batch([20, 20])["input_ids"]
     mask = torch.ones(2, 20, dtype=torch.long)
@@ -107,8 +107,9 @@ def test_masks_with_holes(name: str, holes: str, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model), count_calls() as calls:
         actual = logits(torch_paged.PagedCache(model.config, block_size=4))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-    assert (calls["gather"] > 0) == (name == "mistral")
-    assert ("holes" in caplog.text) == (name == "mistral")
+    assert (calls["gather"] > 0) == (name == "mistral" or holes == "right")
+    assert ("has holes" in caplog.text) == (name == "mistral")
+    assert ("hides the last column" in caplog.text) == (holes == "right")
 
 
 def test_a_mask_that_hides_stored_tokens_gathers_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,6 +157,17 @@ def test_a_four_dimensional_mask_is_obeyed() -> None:
             cache = torch_paged.PagedCache(model.config)
             actual = model(ids, attention_mask=mask, past_key_values=cache).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_right_padding_goes_on_from_what_stock_goes_on_from(name: str, num_beams: int) -> None:
+    model, inputs = tiny(name), batch([12, 12])
+    inputs["attention_mask"][0, -4:] = 0
+    expected = generate(model, inputs, num_beams=num_beams)
+    with torch_paged.paged(model):
+        actual = generate(model, inputs, num_beams=num_beams)
+    assert_same_tokens(model, expected, actual, prompt=12)
 
 
 def test_chunked_prefill_of_a_padded_batch() -> None:

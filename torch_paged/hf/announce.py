@@ -14,18 +14,20 @@ from torch_paged.hf.support import Path, Support
 
 
 @contextmanager
-def announced(inputs: dict[str, Any], *, native: bool, dropout: bool, say: Callable[[Support], None]) -> Iterator[None]:
+def announced(
+    inputs: dict[str, Any], *, native: bool, training: str | None = None, say: Callable[[Support], None]
+) -> Iterator[None]:
     """Announce the forward pass over `inputs` to its PagedCache, if it has one; take it back if the pass raises.
 
     Args:
         inputs: the model's arguments by name.
         native: the model's attention can read blocks in place.
-        dropout: the model is training with dropout in its attention.
+        training: why a model in training mode cannot, if so.
         say: told why this call does not, where it does not.
     """
     cache = inputs.get("past_key_values")
     cache = cache if isinstance(cache, PagedCache) else None
-    call = None if cache is None else make_call(cache, inputs, native=native, dropout=dropout, say=say)
+    call = None if cache is None else make_call(cache, inputs, native=native, training=training, say=say)
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
     outer, current.call = current.call, call
     try:
@@ -41,7 +43,12 @@ def announced(inputs: dict[str, Any], *, native: bool, dropout: bool, say: Calla
 
 
 def make_call(
-    cache: PagedCache, inputs: dict[str, Any], *, native: bool, dropout: bool, say: Callable[[Support], None]
+    cache: PagedCache,
+    inputs: dict[str, Any],
+    *,
+    native: bool,
+    training: str | None = None,
+    say: Callable[[Support], None],
 ) -> Call | None:
     """The Call for these model inputs; None if they are of a kind that only the layers can tell.
 
@@ -71,8 +78,7 @@ def make_call(
             call = Call(num_seqs, width, mask[:, columns.count :].copy())
     else:
         relation = "other"
-    reason = "training applies the dropout of the model's own attention" if dropout else None
-    reason = reason or _not_native(cache, call, inputs, relation)
+    reason = training or _not_native(cache, call, inputs, relation)
     if reason is None:
         call.native = True
     else:
@@ -88,6 +94,15 @@ def _not_native(cache: PagedCache, call: Call, inputs: dict[str, Any], relation:
         return "attention_mask is not one row of columns per sequence"
     if relation == "hides":
         return "attention_mask hides tokens that are stored"
+    if call.valid is not None and _hides_last_of_a_row(cache, call):
+        return "attention_mask hides the last column of a row, where generate reads its logits"
     if any(cache.is_sliding) and cache.state.columns.holes_with(call):
         return "attention_mask has holes under a sliding window, which counts them"
     return None
+
+
+def _hides_last_of_a_row(cache: PagedCache, call: Call) -> bool:
+    """Right padding: stock lets a hidden column look at the row's tokens, and generate goes on from what it sees."""
+    assert call.valid is not None
+    holds = (call.num_tokens > 0) | cache.state.columns.stored(call.num_seqs).any(axis=1)
+    return bool((holds & ~call.valid[:, -1]).any())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from torch_paged.hf.call import current
 from torch_paged.hf.group import Step
 from torch_paged.hf.implementation import NAME, previous
 from torch_paged.hf.no_gradient import without_gradient
@@ -39,6 +40,8 @@ def paged_attention(
     """
     step = _native_step(key)
     if step is None:
+        if current.call is not None and current.call.native:
+            raise _without_mask(module, "runs past the cache, or on rows that were edited,")
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window
         if softcap is not None:
@@ -93,15 +96,19 @@ def _native_step(key: Tensor) -> Step | None:
 
 
 def _require_plain_causal(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """A native call has no mask that another attention could use: what was not foreseen must not run on without one."""
+    """What was not foreseen must not run on without a mask."""
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if dropout != 0.0 or kwargs.get("position_bias") is not None or not is_causal:
-        raise RuntimeError(
-            f"{type(module).__name__}: asks for dropout, a position bias or bidirectional attention in the middle of a "
-            "call that reads blocks in place; unpatch the model, and please report this"
-        )
+        raise _without_mask(module, "asks for dropout, a position bias or bidirectional attention")
+
+
+def _without_mask(module: nn.Module, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{type(module).__name__}: {what} in the middle of a call that reads blocks in place and has no mask; "
+        "unpatch the model, and please report this"
+    )
 
 
 def _own_attention(module: nn.Module) -> Any:

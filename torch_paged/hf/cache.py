@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         self._other_layers("reorder_cache", beam_idx)
         self.state.select(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows: int64 `[rows]`, or bool over the rows there are."""
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Keep these rows: ints `[rows]`, negative ones from the end, or bool over the rows there are."""
         self._other_layers("batch_select_indices", indices)
         self.state.select(indices)
 

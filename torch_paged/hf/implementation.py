@@ -55,9 +55,17 @@ def uninstall(model: nn.Module) -> None:
 
 
 def previous(config: Any) -> str:
-    """The implementation that `config` names without the patch."""
+    """The implementation that `config` names without the patch.
+
+    Raises:
+        ValueError: someone else wrote our name there.
+    """
     name: str = config._attn_implementation
-    return name.previous if isinstance(name, PagedImplementation) else name
+    if isinstance(name, PagedImplementation):
+        return name.previous
+    if name == NAME:
+        raise ValueError(f"attn_implementation: {NAME!r}; must be set by torch_paged.patch(model), not by name")
+    return name
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

@@ -66,11 +66,13 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new columns' K and V, `[batch, num_kv_heads, width, head_dim]`; handles to all of them.
+        """Store the new columns' K and V, `[batch, num_kv_heads, width, head_dim]`; all columns' K and V.
+
+        They come as handles in a call that reads the blocks in place, gathered in any other.
 
         Raises:
             PoolExhausted: the pool has too few free blocks; nothing has changed.
-            ValueError: the batch is not the one this cache holds.
+            ValueError: the batch, heads or head sizes are not those this cache holds.
         """
         batch, num_kv_heads, width, head_dim = key_states.shape
         call = self.state.call
@@ -81,6 +83,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
+        self._check_shapes(key_states, value_states)
         step = self.group.plan(call)
         key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         torch.ops.paged.reshape_and_cache(
@@ -93,9 +96,13 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.call = call
         self.columns += width
         pair = GatheredPair(self)
+
+        def result(position: int, like: Tensor) -> Tensor:
+            return PagedKV(pair, position, like) if call.native else pair.tensors()[position]
+
         return (
-            without_gradient(key_states, lambda: PagedKV(pair, 0, key_states)),
-            without_gradient(value_states, lambda: PagedKV(pair, 1, value_states)),
+            without_gradient(key_states, lambda: result(0, key_states)),
+            without_gradient(value_states, lambda: result(1, value_states)),
         )
 
     @property
@@ -136,6 +143,16 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def values(self) -> Tensor | None:
         """V gathered, `[batch, num_kv_heads, columns, v_head_dim]`; None before the first update."""
         return self.gather(self.columns)[1] if self.is_initialized else None
+
+    def _check_shapes(self, key: Tensor, value: Tensor) -> None:
+        assert self.group is not None
+        held = self.group.key
+        shape = (key.shape[1], key.shape[-1], value.shape[-1])
+        if shape != (held.num_kv_heads, held.head_dim, held.v_head_dim):
+            raise ValueError(
+                f"key_states: heads and head sizes of K and V {shape}; must be "
+                f"{(held.num_kv_heads, held.head_dim, held.v_head_dim)}, those of the model that filled this cache"
+            )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0

@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
 from torch_paged.hf.announce import announced
+from torch_paged.hf.implementation import PagedImplementation
 from torch_paged.hf.prefill import prefill_once
-from torch_paged.hf.support import Path, drops_attention
+from torch_paged.hf.support import Path, training_reason
 
 if TYPE_CHECKING:
     from torch_paged.hf.handle import PagedHandle
@@ -22,7 +23,8 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
     """A subclass of `base` with the same name, whose instances are served by `handle`.
 
     A class of its own for each patched model: nothing is stored on the model, nothing global changes, and decoding
-    methods that `generate` looks up on `type(self)` are found.
+    methods that `generate` looks up on `type(self)` are found. They call `base` by name, as `super()` would fail on a
+    model whose class has been put back in mid-call.
     """
     parameters = list(inspect.signature(base.forward).parameters)
 
@@ -30,13 +32,13 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
         @functools.wraps(base.generate)
         def generate(self, *args: Any, **kwargs: Any) -> Any:
             with handle.generation():
-                return super().generate(*args, **kwargs)
+                return base.generate(self, *args, **kwargs)
 
         def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
             users = model_kwargs.get("past_key_values")
-            result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            result = base._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
             cache = model_kwargs.get("past_key_values")
             wants_stock = generation_config.cache_implementation not in (None, "dynamic")
             if users is None and not wants_stock and generation_config.use_cache is not False:
@@ -44,14 +46,20 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             return result
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            # generate keeps this method while it runs, also when the model is unpatched meanwhile.
+            if not handle.patched:
+                return base.__call__(self, *args, **kwargs)
             named = dict(zip(parameters[1:], args, strict=False)) | kwargs
-            native = handle.support(self).path is Path.NATIVE
-            with announced(named, native=native, dropout=drops_attention(self), say=handle.say):
-                return super().__call__(*args, **kwargs)
+            # The user may have chosen another attention implementation while the model is patched.
+            installed = isinstance(self.config._attn_implementation, PagedImplementation)
+            native = installed and handle.support(self).path is Path.NATIVE
+            with announced(named, native=native, training=training_reason(self), say=handle.say):
+                return base.__call__(self, *args, **kwargs)
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
             # Copies and pickles are of the stock class: the patch belongs to this instance alone.
-            _, _, *state = super().__reduce_ex__(protocol)
+            stock_class: Any = base
+            _, _, *state = stock_class.__reduce_ex__(self, protocol)
             return (object.__new__, (base,), *state)
 
     if features.probe()["_prefill"]:

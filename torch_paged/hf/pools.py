@@ -29,16 +29,16 @@ class Pools:
         self.config = config
         self._lock = threading.Lock()
         self._budgets: dict[torch.device, MemoryBudget] = {}
-        self._pools: dict[GroupKey, Pool] = {}
+        self._pools: dict[tuple[GroupKey, int], Pool] = {}
 
     def get(self, key: GroupKey, num_layers: int) -> Pool:
         """The pool of a group; `num_layers` is how many layers at most will share its blocks."""
         with self._lock:
-            pool = self._pools.get(key)
+            pool = self._pools.get((key, num_layers))
             if pool is None:
                 if key.device not in self._budgets:
                     self._budgets[key.device] = MemoryBudget(self.config.max_memory, key.device)
-                pool = self._pools[key] = Pool(
+                pool = self._pools[key, num_layers] = Pool(
                     num_layers=num_layers,
                     block_size=self.config.block_size,
                     sliding_window=key.sliding_window,

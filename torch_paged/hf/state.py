@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -68,14 +70,15 @@ class CacheState:
             group.crop(np.broadcast_to(np.asarray(dropped, dtype=np.int64), (self.num_seqs,)))
         self.call = None
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was: reorder, repeat and drop are all this, and move no KV byte."""
+    def select(self, rows: Tensor | Sequence[int]) -> None:
+        """Row i becomes what row `rows[i]` was: reorder, repeat and drop are all this, and move no KV byte.
+
+        Args:
+            rows: what indexes a tensor's rows: ints, negative ones from the end, or bool `[num_seqs]`.
+        """
         if self.num_seqs is None:
             return
-        rows = rows.cpu()
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
-        indices = rows.numpy().astype(np.int64)
+        indices = np.arange(self.num_seqs)[torch.as_tensor(rows).cpu().numpy()]
         for group in self.groups.values():
             group.select(indices)
         self.columns.select(indices)

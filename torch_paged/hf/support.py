@@ -73,9 +73,15 @@ class Voice:
             logger.warning(text)
 
 
-def drops_attention(model: PreTrainedModel) -> bool:
-    """Whether the model is in training mode with dropout in its attention."""
-    return model.training and any(getattr(model.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+def training_reason(model: PreTrainedModel) -> str | None:
+    """Why a model in training mode needs its own attention, or None."""
+    if not model.training:
+        return None
+    if any(getattr(model.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
+        return "training applies the dropout of the model's own attention"
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "gradient checkpointing keeps the cache from the layers"
+    return None
 
 
 def has_kernel(op: str, device_type: str) -> bool:

@@ -116,7 +116,7 @@ class BlockTables:
             valid = np.asarray(valid, dtype=np.bool_)
             if valid.shape != (self.num_seqs, width):
                 raise ValueError(f"valid: shape {list(valid.shape)}; must be [{self.num_seqs}, {width}]")
-            columns, count = np.where(valid, valid.cumsum(axis=1) - 1, 0), valid.sum(axis=1)
+            columns, count = np.where(valid, valid.cumsum(axis=1, dtype=np.int64) - 1, 0), valid.sum(axis=1)
         if (count != num_tokens).any():
             raise ValueError(f"valid: {count.tolist()} tokens per row; must be {num_tokens.tolist()} (num_tokens)")
         position = (self.seq_lens - num_tokens)[:, None] + columns

@@ -77,7 +77,7 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int, 
 
     def step(columns: int, width: int) -> None:
         inputs = {"input_ids": torch.empty(batch, width), "attention_mask": mask[:, :columns]}
-        call = make_call(cache, inputs, native=True, dropout=False, say=refuse)
+        call = make_call(cache, inputs, native=True, say=refuse)
         assert call is not None
         cache.announce(call)
         for layer in cache.layers:
