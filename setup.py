@@ -198,9 +198,14 @@ def _find_nvcc() -> str | None:
     if os.environ.get("TORCH_PAGED_CUDA_ARCHS") == "none":
         print("torch_paged: TORCH_PAGED_CUDA_ARCHS=none: building for the CPU alone")
         return None
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    nvcc = shutil.which("nvcc")
+    if nvcc is None and (home := os.environ.get("CUDA_HOME")):
+        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
     if nvcc is None:
-        print("torch_paged: nvcc not found on PATH or in CUDA_HOME: building for the CPU alone")
+        print(
+            "torch_paged: nvcc not found: building for the CPU alone; for the CUDA kernels put nvcc on PATH "
+            "or set CUDA_HOME, and install again"
+        )
     return nvcc
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +28,6 @@ def undefined(library: Path) -> list[str]:
 def test_cuda_library_is_there_exactly_where_it_was_built():
     assert (PACKAGE / "_C.so") in LIBRARIES
     assert ((PACKAGE / "_cuda.so") in LIBRARIES) == bool(INFO["cuda_architectures"])
-    if shutil.which("nvcc"):
-        assert "_cuda.so" in [library.name for library in LIBRARIES]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)

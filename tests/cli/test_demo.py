@@ -1,6 +1,7 @@
 """demo: four uses of generate, stock and paged, on the packaged model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_new_tokens_end_with_the_end_token(end, count):
     assert _count_until_end(new, end) == count
 
 
-def test_a_difference_is_shown(model, capsys, monkeypatch):
+def test_a_difference_is_shown(model, capsys):
     model, tokenizer = model
     (comparison, *_) = demo.compare_all(model, tokenizer, ["The"], batch=1, max_new_tokens=2)
     comparison.paged.tokens[0, -1] += 1
@@ -94,6 +95,18 @@ def test_a_difference_is_shown(model, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "│ NO " in out and "stock: The" in out and "paged: The" in out
     assert not comparison.as_json()["same_tokens"]
+
+
+def test_broken_model_folders_are_one_line(run, tmp_path):
+    folder = tmp_path / "truncated"
+    shutil.copytree(demo.PACKAGED_MODEL, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    status, _, err = run("demo", "--model", str(folder))
+    assert status == 2 and err.count("\n") == 1 and f"--model {folder}: " in err
+    (folder / "tokenizer.json").unlink()
+    status, _, err = run("demo", "--model", str(folder))
+    assert status == 2 and err.count("\n") == 1 and f"--model {folder}: " in err
 
 
 def test_without_transformers(run, monkeypatch):

@@ -68,7 +68,7 @@ def available_device(name: str) -> torch.device:
     try:
         device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name}: not available here ({first_line(error)})") from None
+        raise CommandError(f"--device {name}: not available here ({in_one_line(error)})") from None
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, device.type)
     if key not in ("CPU", "CUDA") or not torch._C._dispatch_has_kernel_for_dispatch_key("paged::attention", key):
         raise CommandError(f"--device {name}: torch_paged has no attention kernel for it; must be cpu")
@@ -89,15 +89,18 @@ def load(
     except ImportError:
         raise CommandError("transformers is not installed; run `pip install transformers`") from None
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if name is None:
+        # Loads in an instant; a download or a large model shows its progress.
+        logging.disable_progress_bar()
     source = name or str(PACKAGED_MODEL)
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise CommandError(f"--model {source}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise CommandError(f"--model {source}: {first_line(error)}") from None
+    except Exception as error:
+        # A folder can be broken in as many ways as there are libraries that read it.
+        raise CommandError(f"--model {source}: {in_one_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -190,5 +193,5 @@ def as_bytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
