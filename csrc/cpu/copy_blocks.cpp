@@ -1,23 +1,15 @@
-// Copies blocks in the longest runs that are contiguous on both sides: one memcpy a block in the preferred layout.
+// Plans copies in the longest runs that are contiguous on both sides, and divides them over the threads.
 #include "copy_blocks.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 
+#include "dispatch.h"
 #include "grain.h"
 
 namespace paged::cpu {
 namespace {
-
-// A block as up to three nested loops around one memcpy.
-struct BlockLoops {
-  int64_t sizes[3] = {1, 1, 1};
-  int64_t src_strides[3] = {};
-  int64_t dst_strides[3] = {};
-  int64_t run_bytes;
-};
 
 BlockLoops plan_loops(const LayerCopy& layer) {
   std::vector<int> dims;
@@ -40,18 +32,10 @@ BlockLoops plan_loops(const LayerCopy& layer) {
   return loops;
 }
 
-void copy_block(const BlockLoops& loops, const char* src, char* dst) {
-  for (int64_t i = 0; i < loops.sizes[0]; ++i)
-    for (int64_t j = 0; j < loops.sizes[1]; ++j)
-      for (int64_t k = 0; k < loops.sizes[2]; ++k)
-        std::memcpy(dst + i * loops.dst_strides[0] + j * loops.dst_strides[1] + k * loops.dst_strides[2],
-                    src + i * loops.src_strides[0] + j * loops.src_strides[1] + k * loops.src_strides[2],
-                    loops.run_bytes);
-}
-
 }  // namespace
 
 void copy_blocks(const std::vector<LayerCopy>& layers, const int64_t* block_mapping, int64_t num_pairs) {
+  CopyBlock* const copy_block = cpu_kernels().copy_block;
   std::vector<BlockLoops> loops;
   int64_t block_bytes = 0;
   for (const LayerCopy& layer : layers) {

@@ -16,10 +16,17 @@
   PAGED_DECLARE_ATTENTION(float32)  \
   PAGED_DECLARE_ATTENTION(bfloat16) \
   PAGED_DECLARE_ATTENTION(float16)  \
+  cpu::StoreTokens store_tokens;    \
+  cpu::LoadBlocks load_blocks;      \
+  cpu::CopyBlock copy_block;        \
+  cpu::MergeStates merge_states;    \
   }
 
-#define PAGED_KERNELS(isa, machine_has_it) \
-  CpuKernels { #isa, machine_has_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16 }
+#define PAGED_KERNELS(isa, machine_has_it)                                                                            \
+  CpuKernels {                                                                                                        \
+    #isa, machine_has_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16, isa::store_tokens, \
+        isa::load_blocks, isa::copy_block, isa::merge_states                                                          \
+  }
 
 PAGED_INSTRUCTION_SET(baseline)
 #if defined(__x86_64__)

@@ -4,6 +4,10 @@
 #include <string>
 
 #include "attention_work.h"
+#include "copy_blocks.h"
+#include "gather_cache.h"
+#include "merge_attention_states.h"
+#include "reshape_and_cache.h"
 
 namespace paged {
 
@@ -11,6 +15,10 @@ struct CpuKernels {
   const char* name;
   bool (*machine_has_it)();
   AttentionKernels attention_float32, attention_bfloat16, attention_float16;
+  cpu::StoreTokens* store_tokens;
+  cpu::LoadBlocks* load_blocks;
+  cpu::CopyBlock* copy_block;
+  cpu::MergeStates* merge_states;
 };
 
 // The best set that this machine runs, or the one named by the environment variable TORCH_PAGED_CPU_ISA.

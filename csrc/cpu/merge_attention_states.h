@@ -14,7 +14,18 @@ struct AttentionState {
 };
 
 // Results are contiguous. `element` is one of the number types.
-void merge_attention_states(const AttentionState& a, const AttentionState& b, char* out, float* lse, Element element,
-                            int64_t num_tokens, int64_t num_heads, int64_t head_dim);
+struct StateMerge {
+  AttentionState a, b;
+  char* out;
+  float* lse;
+  Element element;
+  int64_t element_size;
+  int64_t num_tokens, num_heads, head_dim;
+};
+
+// Rows [begin, end) of the call below, counted token by token.
+using MergeStates = void(const StateMerge& merge, int64_t begin, int64_t end);
+
+void merge_attention_states(const StateMerge& merge);
 
 }  // namespace paged::cpu

@@ -81,6 +81,7 @@ void store(const Tensor& rows, Tensor& cache, const std::optional<Tensor>& scale
                           cache_view(static_cast<char*>(cache.mutable_data_ptr()), cache),
                           scale_of(scale),
                           scale ? number_of(cache) : bytes_of(cache, name),
+                          int64_t(cache.element_size()),
                           rows.size(0),
                           cache.size(2),
                           cache.size(3),
@@ -105,8 +106,8 @@ Tensor gather(const Tensor& cache, const std::optional<Tensor>& scale, const cpu
   Tensor rows = torch::stable::new_empty(cache, {table.num_seqs, max_seq_len, cache.size(2), cache.size(3)});
   cpu::gather_cache(
       {cache_view(static_cast<const char*>(cache.const_data_ptr()), cache), static_cast<char*>(rows.mutable_data_ptr()),
-       scale_of(scale), scale ? number_of(cache) : bytes_of(cache, name), cache.size(2), cache.size(3), cache.size(1),
-       max_seq_len},
+       scale_of(scale), scale ? number_of(cache) : bytes_of(cache, name), int64_t(cache.element_size()), cache.size(2),
+       cache.size(3), cache.size(1), max_seq_len},
       table);
   return rows;
 }
@@ -215,9 +216,9 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Ten
   const int64_t num_tokens = out_a.size(0), num_heads = out_a.size(1), head_dim = out_a.size(2);
   Tensor out = torch::stable::new_empty(out_a, {num_tokens, num_heads, head_dim});
   Tensor lse = torch::stable::new_empty(lse_a, {num_heads, num_tokens});
-  cpu::merge_attention_states(state_of(out_a, lse_a), state_of(out_b, lse_b),
-                              static_cast<char*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>(),
-                              number_of(out_a), num_tokens, num_heads, head_dim);
+  cpu::merge_attention_states({state_of(out_a, lse_a), state_of(out_b, lse_b),
+                               static_cast<char*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>(),
+                               number_of(out_a), int64_t(out_a.element_size()), num_tokens, num_heads, head_dim});
   return {out, lse};
 }
 

@@ -16,8 +16,12 @@ struct CacheWrite {
   CacheView<char> cache;
   Scale scale;  // what is stored is the row divided by it
   Element element;
+  int64_t element_size;
   int64_t num_tokens, num_kv_heads, head_dim, block_size;
 };
+
+// Tokens [begin, end) of the call below.
+using StoreTokens = void(const CacheWrite& write, const int64_t* slot_mapping, int64_t begin, int64_t end);
 
 // Token `t` goes to block `slot_mapping[t] / block_size`, offset `slot_mapping[t] % block_size`; -1 skips it.
 void reshape_and_cache(const CacheWrite& write, const int64_t* slot_mapping);

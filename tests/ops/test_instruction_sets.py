@@ -1,4 +1,4 @@
-"""Each compiled instruction set that this machine runs passes the attention tests."""
+"""Each compiled instruction set that this machine runs passes the tests of every kernel."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ import pytest
 
 from torch_paged import ops
 
-ATTENTION_TESTS = str(Path(__file__).with_name("test_attention.py"))
-# The process's own choice runs in test_attention.py.
+KERNELS = ["attention", "copy_blocks", "gather_cache", "merge_attention_states", "reshape_and_cache"]
+TESTS = [str(Path(__file__).with_name(f"test_{name}.py")) for name in KERNELS]
+# The process's own choice runs in those files themselves.
 OTHERS = [name for name in ops.cpu_instruction_sets() if name != ops.cpu_instruction_set()]
 
 
@@ -20,13 +21,15 @@ def run_python(instruction_set: str, *arguments: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_attention_on(name):
+def test_kernels_on(name):
     chosen = run_python(name, "-c", "from torch_paged import ops; print(ops.cpu_instruction_set())")
     assert chosen.stdout.strip() == name, chosen.stderr
-    # float64 has one kernel for all sets.
-    which = "(matches or deterministic or large) and not float64 and not cuda"
-    run = run_python(name, "-m", "pytest", "-q", "-x", ATTENTION_TESTS, "-k", which)
+    # Attention in float64 has one kernel for all sets.
+    which = "(matches or deterministic or large) and not (test_attention and float64) and not cuda"
+    run = run_python(name, "-m", "pytest", "-v", "-x", *TESTS, "-k", which)
     assert run.returncode == 0, run.stdout + run.stderr
+    for test in TESTS:
+        assert f"{Path(test).name}::" in run.stdout, f"no test of {test} ran"
 
 
 def test_one_set_at_least():
