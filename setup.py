@@ -28,6 +28,8 @@ CUDA_ARCHITECTURES = "80;90a;100;120"
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     wide = "-march=x86-64-v4 -mprefer-vector-width=512"
+    # x86-64 without AVX2 is older than 2013: there the compile time of every change counts for more than speed.
+    INSTRUCTION_SETS["baseline"] = "-O2"
     INSTRUCTION_SETS |= {"avx2": "-march=x86-64-v3", "avx512": wide, "avx512bf16": f"{wide} -mavx512bf16"}
 
 

@@ -9,7 +9,8 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__x86_64__)
+// A quarter of a second a file: only where there are too many intrinsics to name the compiler's own.
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -76,8 +77,9 @@ PAGED_INLINE void narrow(Float16* to, Vec v) {
   _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
 }
 #elif defined(__F16C__)
-PAGED_INLINE Vec widen(const Float16* from) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
-PAGED_INLINE void narrow(Float16* to, Vec v) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, 0)); }
+typedef short Halves __attribute__((vector_size(16)));
+PAGED_INLINE Vec widen(const Float16* from) { return (Vec)__builtin_ia32_vcvtph2ps256(load_as<Halves>(from)); }
+PAGED_INLINE void narrow(Float16* to, Vec v) { store_as(to, __builtin_ia32_vcvtps2ph256(v, 0)); }
 #elif defined(__aarch64__)
 PAGED_INLINE Vec widen(const Float16* from) { return (Vec)vcvt_f32_f16(vld1_f16((const __fp16*)from)); }
 PAGED_INLINE void narrow(Float16* to, Vec v) { vst1_f16((__fp16*)to, vcvt_f16_f32((float32x4_t)v)); }
