@@ -76,7 +76,9 @@ def test_cuda_library_comes_and_goes_with_nvcc(checkout):
 
     ran = build(checkout, TORCH_PAGED_CUDA_ARCHS="", PATH=path_without("nvcc"), CUDA_HOME="", CXX=shutil.which("g++"))
     assert ran.returncode == 0
-    assert "torch_paged: nvcc not found: building for the CPU alone; for the CUDA kernels put nvcc on PATH" in ran.stdout
+    assert (
+        "torch_paged: nvcc not found: building for the CPU alone; for the CUDA kernels put nvcc on PATH" in ran.stdout
+    )
     assert not (checkout / "torch_paged/_cuda.so").exists()
     assert build_info(checkout)["cuda_architectures"] == []
 
