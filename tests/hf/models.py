@@ -10,9 +10,11 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     JambaConfig,
     LlamaConfig,
     MambaConfig,
@@ -51,6 +53,15 @@ CONFIGS: dict[str, Any] = {
         vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=EOS
     ),
     "gemma": lambda: GemmaConfig(**SMALL, head_dim=16),
+    # A softcap that bites at the logits of a tiny model. Sliding and full layers in turn, as in gpt-oss.
+    "gemma2": lambda: Gemma2Config(
+        **SMALL, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, attn_logit_softcapping=2.0,
+        tie_word_embeddings=False,
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **SMALL, head_dim=16, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
     "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
     "opt": lambda: OPTConfig(
         vocab_size=VOCAB, hidden_size=64, ffn_dim=128, num_hidden_layers=3, num_attention_heads=4, pad_token_id=PAD,
