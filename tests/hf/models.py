@@ -55,7 +55,7 @@ CONFIGS: dict[str, Any] = {
     "gemma": lambda: GemmaConfig(**SMALL, head_dim=16),
     # A softcap that bites at the logits of a tiny model. Sliding and full layers in turn, as in gpt-oss.
     "gemma2": lambda: Gemma2Config(
-        **SMALL, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, attn_logit_softcapping=2.0,
+        **SMALL, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, attn_logit_softcapping=0.2,
         tie_word_embeddings=False,
     ),
     "gpt_oss": lambda: GptOssConfig(
