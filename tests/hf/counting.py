@@ -32,9 +32,9 @@ def count_calls() -> Iterator[Counter[str]]:
     calls: Counter[str] = Counter()
     gather = PagedLayer.gather
 
-    def counted(layer: PagedLayer, columns: int) -> Any:
+    def counted(layer: PagedLayer, columns: int, last: int) -> Any:
         calls["gather"] += 1
-        return gather(layer, columns)
+        return gather(layer, columns, last)
 
     with _Counting(calls), mock.patch.object(PagedLayer, "gather", counted):
         yield calls

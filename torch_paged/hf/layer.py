@@ -95,7 +95,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         )
         self.call = call
         self.columns += width
-        pair = GatheredPair(self)
+        pair = GatheredPair(self, self._seen(width))
 
         def result(position: int, like: Tensor) -> Tensor:
             return PagedKV(pair, position, like) if call.native else pair.tensors()[position]
@@ -112,15 +112,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             return None
         return self.group.step
 
-    def gather(self, columns: int) -> tuple[Tensor, Tensor]:
-        """K and V of the first `columns` columns as stock lays them out, zero where a column is not stored.
+    def gather(self, columns: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V of the `last` of the first `columns` columns as stock lays them out, zero where one is not stored.
 
-        Returns: `[batch, num_kv_heads, columns, head_dim]` and `[batch, num_kv_heads, columns, v_head_dim]`.
+        Returns: `[batch, num_kv_heads, last, head_dim]` and `[batch, num_kv_heads, last, v_head_dim]`.
         """
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
         step = self.step
         block_table, seq_lens = (step.block_table, step.seq_lens) if step else self.group.tables.step()
-        # A block that left the window is masked wherever it is gathered: any block's content will do.
+        # The columns of a block that left the window are cut off or masked: any block's content will do.
         block_table = block_table.clamp(min=0)
         all_stored = self.state.columns.all_stored
         stored = None
@@ -131,18 +131,25 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         gathered = torch.ops.paged.gather_cache(self.key_cache, self.value_cache, block_table, seq_lens, max_seq_len)
         if stored is not None:
             gathered = tuple(_spread(tokens, seq_lens, stored) for tokens in gathered)
-        key, value = gathered
-        return key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+        key, value = (tokens[:, columns - last :].transpose(1, 2).contiguous() for tokens in gathered)
+        return key, value
 
     @property
     def keys(self) -> Tensor | None:
-        """K gathered, `[batch, num_kv_heads, columns, head_dim]`; None before the first update."""
-        return self.gather(self.columns)[0] if self.is_initialized else None
+        """K gathered, `[batch, num_kv_heads, columns, head_dim]`, of a sliding layer what the next token sees of it.
+
+        None before the first update.
+        """
+        return self.gather(self.columns, self._seen(0))[0] if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:
-        """V gathered, `[batch, num_kv_heads, columns, v_head_dim]`; None before the first update."""
-        return self.gather(self.columns)[1] if self.is_initialized else None
+        """V gathered, `[batch, num_kv_heads, columns, v_head_dim]`; as `keys`."""
+        return self.gather(self.columns, self._seen(0))[1] if self.is_initialized else None
+
+    def _seen(self, width: int) -> int:
+        """How many columns at the end the last `width` of them see together: what stock's layer returns."""
+        return min(self.columns, self.sliding_window - 1 + width) if self.is_sliding else self.columns
 
     def _check_shapes(self, key: Tensor, value: Tensor) -> None:
         assert self.group is not None
@@ -155,13 +162,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        behind = max(self.columns - self.sliding_window + 1, 0) if self.is_sliding else 0
+        return self.columns - behind + query_length, behind
 
     def get_seq_length(self) -> int:
         return self.columns
 
     def get_max_length(self) -> int:
-        return -1
+        return self.sliding_window if self.is_sliding else -1
 
     # The name in transformers before 5.20.
     get_max_cache_shape = get_max_length

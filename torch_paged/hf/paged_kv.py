@@ -13,21 +13,22 @@ if TYPE_CHECKING:
 
 
 class GatheredPair:
-    """A layer's K and V as tensors, gathered together when either is first needed."""
+    """A layer's K and V as tensors, the `last` of its columns, gathered together when either is first needed."""
 
-    def __init__(self, layer: PagedLayer) -> None:
+    def __init__(self, layer: PagedLayer, last: int) -> None:
         self.layer = layer
         self.columns = layer.columns
         self._tensors: tuple[Tensor, Tensor] | None = None
 
+        self.last = last
     def tensors(self) -> tuple[Tensor, Tensor]:
         if self._tensors is None:
-            self._tensors = self.layer.gather(self.columns)
+            self._tensors = self.layer.gather(self.columns, self.last)
         return self._tensors
 
 
 class PagedKV(Tensor):
-    """All of a layer's K or V, `[batch, num_kv_heads, columns, head_dim]`, still in its blocks.
+    """All that a forward pass sees of a layer's K or V, `[batch, num_kv_heads, columns, head_dim]`, in its blocks.
 
     Our attention function reads the blocks in place. Any other operation sees the gathered tensor: correct in
     whatever code the model runs on it, at the cost of a copy.
@@ -40,7 +41,7 @@ class PagedKV(Tensor):
     def __new__(cls, pair: GatheredPair, position: int, like: Tensor) -> PagedKV:
         batch, heads, _, head_dim = like.shape
         self: PagedKV = Tensor._make_wrapper_subclass(
-            cls, (batch, heads, pair.columns, head_dim), dtype=like.dtype, device=like.device
+            cls, (batch, heads, pair.last, head_dim), dtype=like.dtype, device=like.device
         )
         self.pair = pair
         self.position = position
