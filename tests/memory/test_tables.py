@@ -339,3 +339,21 @@ def test_recorded_past_is_kept_for_crop(make_pool):
     fork = tables.fork()
     fork.crop(counts(6))
     assert (rows_of(fork), fork.record_past) == ([[0]], True)
+
+
+def test_recorded_past_is_dropped_up_to_what_the_window_sees(make_pool):
+    pool = make_pool(sliding_window=2)
+    tables = BlockTables(pool, 3)
+    tables.record_past = True
+    tables.append(counts(8, 1, 0))
+    tables.append(counts(5, 1, 0))
+    tables.crop(counts(4, 0, 0))
+    tables.drop_past()
+    # Row 0 goes on at 9, whose query sees 8 and 9.
+    assert rows_of(tables) == [[-1, -1, 3], [2, -1, -1], [-1, -1, -1]]
+    assert pool.stats().blocks_used == 2
+    tables.drop_past()
+    assert pool.stats().blocks_used == 2
+    tables.append(counts(1, 1, 1))
+    with pytest.raises(ValueError, match="must leave the last 2 tokens"):
+        tables.crop(counts(5, 0, 0))

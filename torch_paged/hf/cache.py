@@ -53,6 +53,9 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             for layer, window in zip(stock.layers, windows, strict=True)
         ]
         Cache.__init__(self, layers=layers)
+        # generate asks this of the cache that it makes for an assistant, before ours takes its place.
+        if any(getattr(layer, "record_past", False) for layer in stock.layers):
+            self.activate_past_recording()
 
     def announce(self, call: Call) -> None:
         """Say what the coming forward pass stores, before its first layer."""

@@ -93,6 +93,11 @@ class LayerGroup:
     def record_past(self) -> None:
         self.tables.record_past = True
 
+    def drop_past(self) -> None:
+        """Free what left the window and was recorded for a crop."""
+        with self.pool.lock:
+            self.tables.drop_past()
+
     def fork(self) -> LayerGroup:
         """The same rows once more, every block shared."""
         twin = object.__new__(LayerGroup)

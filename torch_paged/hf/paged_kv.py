@@ -18,9 +18,9 @@ class GatheredPair:
     def __init__(self, layer: PagedLayer, last: int) -> None:
         self.layer = layer
         self.columns = layer.columns
+        self.last = last
         self._tensors: tuple[Tensor, Tensor] | None = None
 
-        self.last = last
     def tensors(self) -> tuple[Tensor, Tensor]:
         if self._tensors is None:
             self._tensors = self.layer.gather(self.columns, self.last)

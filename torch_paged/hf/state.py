@@ -68,6 +68,8 @@ class CacheState:
         assert self.num_seqs is not None
         for group in self.groups.values():
             group.crop(np.broadcast_to(np.asarray(dropped, dtype=np.int64), (self.num_seqs,)))
+            if self.recording_past:
+                group.drop_past()
         self.call = None
 
     def select(self, rows: Tensor | Sequence[int]) -> None:

@@ -29,7 +29,7 @@ class BlockTables:
     Attributes:
         seq_lens: int64 `[num_seqs]`, tokens stored per row, those that left the sliding window included. Every edit
             puts a new array here.
-        record_past: True keeps the blocks that leave the sliding window, so that `crop` may go back over them.
+        record_past: True keeps the blocks that leave the sliding window until `drop_past`, so that `crop` may go back.
 
     Raises:
         ValueError: `num_seqs` is negative.
@@ -175,6 +175,15 @@ class BlockTables:
             self._rows.table[dropped] = -1
             self._first, self.seq_lens = np.where(end > 0, self._first, 0), end
 
+    def drop_past(self) -> None:
+        """Free the blocks that left the sliding window and were kept for `crop`."""
+        with self._pool.lock:
+            first = self._behind_window(self.seq_lens)
+            left = _cells(self._first, first)
+            self._rows.exchange(NO_IDS, self._rows.table[left])
+            self._rows.table[left] = -1
+            self._first = first
+
     def fork(self) -> "BlockTables":
         """A second batch with the same rows, which shares every block."""
         with self._pool.lock:
@@ -226,10 +235,12 @@ class BlockTables:
 
     def _first_in_window(self, start: Ints, num_tokens: Ints) -> Ints:
         """Per row, the first block that a query at `start` or later sees; a row without new tokens keeps its own."""
+        return self._first if self.record_past else np.where(num_tokens > 0, self._behind_window(start), self._first)
+
+    def _behind_window(self, start: Ints) -> Ints:
+        """Per row, how many blocks no query at `start` or later sees, at least those that are gone."""
         window = self._pool.sliding_window
-        if not window or self.record_past:
-            return self._first
-        return np.maximum(self._first, np.where(num_tokens > 0, (start - window + 1) // self._size, 0))
+        return np.maximum(self._first, (start - window + 1) // self._size) if window else self._first
 
     def _shared_tails(self, start: Ints, num_tokens: Ints) -> Ints:
         """Rows that must copy the partly filled block they are about to write into.
