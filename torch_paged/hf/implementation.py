@@ -16,6 +16,10 @@ class PagedImplementation(str):
     It lives in `config._attn_implementation_internal`, so whoever holds the config (the attention modules, the mask
     functions, another model that shares the config object) finds the implementation to delegate to. Copying and
     pickling give back the plain name of that implementation: a copy of a patched model is a stock model.
+
+    It equals that name too, for all code that compares: `config.output_attentions = True` asks for "eager", models
+    branch on "sdpa". What looks a name up, in the registries of attention and mask functions, goes by the hash and
+    finds "torch_paged".
     """
 
     previous: str
@@ -26,6 +30,14 @@ class PagedImplementation(str):
         name.previous = previous
         name.models = 1
         return name
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or self.previous == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[str], tuple[str]]:
         return str, (self.previous,)
