@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DiffLlamaConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -21,10 +25,12 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
+    XGLMConfig,
 )
 
 VOCAB = 211
@@ -73,9 +79,15 @@ CONFIGS["bloom"] = lambda: BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer
 CONFIGS["jamba"] = lambda: JambaConfig(
     **SMALL, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2, mamba_d_state=4
 )
+# Attention that splits V before it attends, and attention code of its own.
+CONFIGS["diffllama"] = lambda: DiffLlamaConfig(**SMALL)
+CONFIGS["xglm"] = lambda: XGLMConfig(vocab_size=VOCAB, d_model=64, ffn_dim=128, num_layers=3, attention_heads=4)
 CONFIGS["mamba"] = lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
-NATIVE = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-full", "gpt2"]
-GATHERED = ["bloom", "gemma", "gpt_neox", "jamba", "opt"]
+NATIVE = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-full", "gpt2", "opt", "bloom", "jamba"]
+GATHERED = ["diffllama", "xglm"]
+
+# One of each kind: full attention, sliding layers beside full ones, learned positions, gathered.
+FAMILIES = ["llama", "qwen2-sliding", "gpt2", "diffllama"]
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -92,6 +104,14 @@ def tiny_t5() -> PreTrainedModel:
         vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=PAD
     )
     return _sharpen(T5ForConditionalGeneration(config).eval())
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A character for each token, some after a space."""
+    letters = [" " * (token % 7 == 0) + chr(33 + token if token < 90 else 0x100 + token) for token in range(VOCAB)]
+    tokenizer = Tokenizer(BPE(vocab={letter: token for token, letter in enumerate(letters)}, merges=[]))
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=letters[PAD], eos_token=letters[EOS])
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import torch
 
 import torch_paged
 
+from .causal_types import tiny_causal
 from .counting import count_calls, messages
 from .models import GATHERED, NATIVE, assert_same_tokens, batch, generate, tiny, tiny_t5
 
@@ -198,13 +199,31 @@ def test_our_name_is_not_to_be_set_by_hand() -> None:
         generate(model, batch([9]))
 
 
-def test_a_native_call_refuses_what_needs_a_mask() -> None:
+def test_a_native_call_that_turns_out_to_need_a_mask_runs_again_gathered(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = tiny("llama"), batch([9, 5])
     model.model.layers[1].self_attn.is_causal = False
-    with torch_paged.paged(model) as handle:
-        with pytest.raises(RuntimeError, match="LlamaAttention: asks for dropout"):
-            generate(model, inputs)
+    expected = generate(model, inputs)
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model) as handle, count_calls() as calls:
+        actual = generate(model, inputs)
         assert handle.stats().blocks_used == 0
+    assert_same_tokens(model, expected, actual, prompt=9)
+    (message,) = messages(caplog)
+    assert "LlamaForCausalLM: LlamaAttention asks for dropout, a position bias or bidirectional attention" in message
+    # The first call was native up to the second layer; it alone ran twice, and later ones gather from their start.
+    assert calls["paged.attention"] == 1
+    assert calls["gather"] == 3 * (expected.shape[1] - 9)
+
+
+def test_a_mask_that_lengths_do_not_tell_is_built(caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 3 lets the tokens of an image see one another in both directions."""
+    model, inputs = tiny_causal("gemma3"), batch([9, 9])
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    inputs["token_type_ids"][:, 2:6] = 1
+    expected = generate(model, inputs)
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model), count_calls() as calls:
+        assert torch.equal(generate(model, inputs), expected)
+    assert calls["paged.attention"] == 0 < calls["gather"]
+    assert "neither causal nor a sliding window" in caplog.text
 
 
 def test_a_cache_of_the_callers_wins() -> None:
@@ -219,7 +238,7 @@ def test_a_cache_of_the_callers_wins() -> None:
         assert handle.stats().peak_bytes == 0
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "diffllama"])
 def test_autocast(name: str) -> None:
     """K arrives in float32 and V in bfloat16; attention computes in bfloat16, with stock as with blocks."""
     model, inputs = tiny(name), batch([12, 7])

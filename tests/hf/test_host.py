@@ -28,7 +28,7 @@ def _snapshot(model: PreTrainedModel) -> tuple[Any, ...]:
     return type(model), names, model.config.to_dict(), sorted(model.__dict__), type(model.config._attn_implementation)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "diffllama"])
 def test_unpatch_restores_everything(name: str) -> None:
     model, inputs = tiny(name), batch([9, 5])
     before, expected = _snapshot(model), generate(model, inputs)
@@ -247,7 +247,7 @@ def test_a_held_cache_does_not_hinder_the_end_of_a_nested_block() -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "diffllama"])
 def test_unpatching_while_generate_runs(name: str, again: bool) -> None:
     model, inputs = tiny(name), batch([20, 5])
     before, expected = _snapshot(model), generate(model, inputs, eos_token_id=None)
@@ -270,14 +270,14 @@ def test_unpatching_while_generate_runs(name: str, again: bool) -> None:
 
 
 def test_strict_is_asked_again_when_patching_again() -> None:
-    model = tiny("gemma")
+    model = tiny("diffllama")
     handle = torch_paged.patch(model)
-    with pytest.raises(ValueError, match="model type 'gemma'"):
+    with pytest.raises(ValueError, match="model type 'diffllama'"):
         torch_paged.patch(model, strict=True)
     assert handle.config == torch_paged.PagedConfig()
 
 
-@pytest.mark.parametrize("make", [lambda: tiny("gemma"), tiny_t5])
+@pytest.mark.parametrize("make", [lambda: tiny("diffllama"), tiny_t5])
 def test_strict_raises_instead_of_falling_back(make: Any) -> None:
     model = make()
     before = _snapshot(model)

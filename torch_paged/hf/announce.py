@@ -15,19 +15,22 @@ from torch_paged.hf.support import Path, Support
 
 @contextmanager
 def announced(
-    inputs: dict[str, Any], *, native: bool, training: str | None = None, say: Callable[[Support], None]
+    inputs: dict[str, Any], *, native: bool, refusal: str | None = None, say: Callable[[Support], None]
 ) -> Iterator[None]:
     """Announce the forward pass over `inputs` to its PagedCache, if it has one; take it back if the pass raises.
 
     Args:
         inputs: the model's arguments by name.
         native: the model's attention can read blocks in place.
-        training: why a model in training mode cannot, if so.
+        refusal: why it cannot in this call, if so.
         say: told why this call does not, where it does not.
+
+    Raises:
+        NeedsOwnAttention: from the pass, which was announced as native and cannot be.
     """
     cache = inputs.get("past_key_values")
     cache = cache if isinstance(cache, PagedCache) else None
-    call = None if cache is None else make_call(cache, inputs, native=native, training=training, say=say)
+    call = None if cache is None else make_call(cache, inputs, native=native, refusal=refusal, say=say)
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
     outer, current.call = current.call, call
     try:
@@ -47,7 +50,7 @@ def make_call(
     inputs: dict[str, Any],
     *,
     native: bool,
-    training: str | None = None,
+    refusal: str | None = None,
     say: Callable[[Support], None],
 ) -> Call | None:
     """The Call for these model inputs; None if they are of a kind that only the layers can tell.
@@ -78,7 +81,7 @@ def make_call(
             call = Call(num_seqs, width, mask[:, columns.count :].copy())
     else:
         relation = "other"
-    reason = training or _not_native(cache, call, inputs, relation)
+    reason = refusal or cache.state.refusal or _not_native(cache, call, inputs, relation)
     if reason is None:
         call.native = True
     else:

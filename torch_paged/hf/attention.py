@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from torch_paged.hf.call import current
+from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.group import Step
 from torch_paged.hf.implementation import NAME, previous
 from torch_paged.hf.no_gradient import without_gradient
@@ -28,6 +28,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface over a paged cache.
@@ -35,13 +36,17 @@ def paged_attention(
     Args:
         query: `[batch, heads, width, head_dim]`.
         key, value: what `PagedLayer.update` returned; plain tensors where the call has no PagedCache.
+        alibi_slopes: float32 `[heads]`, from the modules in patches/, which come here in native calls alone.
 
     Returns: `[batch, width, heads, v_head_dim]`, and the attention weights where the model's own attention gives them.
+
+    Raises:
+        NeedsOwnAttention: in a native call, for what only the model's own attention and mask can do.
     """
     step = _native_step(key)
     if step is None:
-        if current.call is not None and current.call.native:
-            raise _without_mask(module, "runs past the cache, or on rows that were edited,")
+        if in_native_call():
+            raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window
         if softcap is not None:
@@ -79,6 +84,7 @@ def paged_attention(
             scale=scaling,
             sliding_window=layer.sliding_window or sliding_window or 0,
             softcap=softcap or 0.0,
+            alibi_slopes=alibi_slopes,
             sinks=None if s_aux is None else s_aux.float(),
         ),
     )
@@ -101,14 +107,7 @@ def _require_plain_causal(module: nn.Module, dropout: float, kwargs: dict[str, A
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if dropout != 0.0 or kwargs.get("position_bias") is not None or not is_causal:
-        raise _without_mask(module, "asks for dropout, a position bias or bidirectional attention")
-
-
-def _without_mask(module: nn.Module, what: str) -> RuntimeError:
-    return RuntimeError(
-        f"{type(module).__name__}: {what} in the middle of a call that reads blocks in place and has no mask; "
-        "unpatch the model, and please report this"
-    )
+        raise NeedsOwnAttention(f"{type(module).__name__} asks for dropout, a position bias or bidirectional attention")
 
 
 def _own_attention(module: nn.Module) -> Any:

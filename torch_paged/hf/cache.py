@@ -71,6 +71,16 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         if self.state.num_seqs is None:
             self.reset()
 
+    def refuse(self, reason: str) -> None:
+        """Gather from now on, after a native call was found to need the model's own attention.
+
+        Raises:
+            RuntimeError: layers of another kind have run already and cannot be taken back.
+        """
+        if not self.all_paged:
+            raise RuntimeError(f"{reason}; in a model whose cache has layers of other kinds: unpatch it, please")
+        self.state.refusal = reason
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last columns.
 
@@ -152,6 +162,7 @@ def _sliding_window(layer: Any) -> int | None:
     """The window of a stock layer that can be paged, 0 for full attention; None for a layer that stays as it is."""
     if type(layer) is DynamicLayer:
         return 0
-    if type(layer) is DynamicSlidingWindowLayer:
+    # Stock's layer keeps every token of a window of 1, by a slice from -1 + 1.
+    if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1:
         return int(layer.sliding_window)
     return None

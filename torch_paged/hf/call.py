@@ -113,8 +113,20 @@ class Columns:
         return answer
 
 
+class NeedsOwnAttention(Exception):
+    """Raised inside a native call that turns out to need the model's own attention; the text says why.
+
+    Whoever announced the call takes it back and runs it again, gathered.
+    """
+
+
 class _Current(threading.local):
     call: Call | None = None
 
 
 current = _Current()
+
+
+def in_native_call() -> bool:
+    """Whether this thread is in a forward pass whose attention reads blocks."""
+    return current.call is not None and current.call.native

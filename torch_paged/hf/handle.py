@@ -14,6 +14,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from torch_paged.hf import implementation
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.config import PagedConfig
+from torch_paged.hf.family import family
 from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
 from torch_paged.hf.pools import Pools
 from torch_paged.hf.support import Path, Support, Voice, model_support
@@ -54,6 +55,7 @@ class PagedHandle:
             return
         if self._native_installed:
             implementation.uninstall(model)
+            family(model.config.model_type).uninstall(model)
         model.__class__ = self._stock_class
         self._stock_class = None
 
@@ -74,6 +76,7 @@ class PagedHandle:
         self._stock_class = stock_class
         if self._native_installed:
             implementation.install(model)
+            family(model.config.model_type).install(model)
 
     @property
     def settings(self) -> tuple[PagedConfig, Pools]:

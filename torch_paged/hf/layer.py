@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from torch_paged.hf.call import Call
+from torch_paged.hf.call import Call, NeedsOwnAttention
 from torch_paged.hf.group import LayerGroup, Step
 from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import GatheredPair, PagedKV
 from torch_paged.hf.pools import GroupKey
 from torch_paged.hf.state import CacheState
-from torch_paged.hf.support import has_kernel
+from torch_paged.hf.support import has_kernel, head_dims_problem
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -81,6 +81,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.state.say_unannounced()
             call = self.state.announce(Call(batch, width))
         if not self.is_initialized:
+            if call.native and (problem := head_dims_problem(head_dim, value_states.shape[-1])):
+                raise NeedsOwnAttention(problem)
             self.lazy_initialization(key_states, value_states)
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
         self._check_shapes(key_states, value_states)

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
-from torch import Tensor
+import torch
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
-from torch_paged.hf.call import current
+from torch_paged.hf.call import NeedsOwnAttention, in_native_call
+from torch_paged.hf.family import family
 from torch_paged.hf.implementation import NAME, previous
 
 
-def paged_mask(*args: Any, config: Any, **kwargs: Any) -> Tensor | None:
+def paged_mask(*args: Any, config: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Any:
     """transformers' mask interface.
 
     In a native call causality, window and padding follow from the lengths of the rows, so no mask is built. Without a
     PagedCache in the call, and in calls that gather, this is the mask function the model had before the patch.
+
+    Raises:
+        NeedsOwnAttention: in a native call, for a mask that is neither causal nor a causal sliding window.
     """
-    if current.call is not None and current.call.native:
-        return None
+    if in_native_call():
+        if kwargs.get("use_vmap") or not _lengths_tell(mask_function):
+            raise NeedsOwnAttention("a mask that is neither causal nor a sliding window")
+        return _NO_MASK if family(config.model_type).converts_mask else None
     name = previous(config)
     # Implementations without a mask function get none from transformers either.
     if name not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
-    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
-    return mask
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, mask_function=mask_function, **kwargs)
 
+
+_NO_MASK = torch.empty(0, dtype=torch.bool)
+
+
+def _lengths_tell(mask_function: Callable[..., Any]) -> bool:
+    return mask_function is causal_mask_function or _code(mask_function) == _SLIDING
+
+
+def _code(mask_function: Callable[..., Any]) -> list[CodeType]:
+    """transformers builds masks from closures: the code of one and of the functions it joins tells its kind."""
+    joined = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    return [mask_function.__code__, *(part.__code__ for part in joined)]
+
+
+_SLIDING = _code(sliding_window_causal_mask_function(1))
 
 AttentionMaskInterface.register(NAME, paged_mask)

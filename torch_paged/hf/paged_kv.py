@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from torch_paged.hf.call import NeedsOwnAttention, in_native_call
+
 if TYPE_CHECKING:
     from torch_paged.hf.layer import PagedLayer
 
@@ -30,8 +32,8 @@ class GatheredPair:
 class PagedKV(Tensor):
     """All that a forward pass sees of a layer's K or V, `[batch, num_kv_heads, columns, head_dim]`, in its blocks.
 
-    Our attention function reads the blocks in place. Any other operation sees the gathered tensor: correct in
-    whatever code the model runs on it, at the cost of a copy.
+    Our attention function reads the blocks in place. Any other operation sees the gathered tensor; in a native call,
+    which has no mask that it could need next, it ends the call with NeedsOwnAttention.
     """
 
     pair: GatheredPair
@@ -53,6 +55,8 @@ class PagedKV(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if in_native_call():
+            raise NeedsOwnAttention(f"code between cache and attention function computes with K or V ({func})")
         return func(*tree_map(materialize, args), **tree_map(materialize, kwargs or {}))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

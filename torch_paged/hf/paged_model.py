@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
 from torch_paged.hf.announce import announced
+from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.call import NeedsOwnAttention
+from torch_paged.hf.disguise import disguise
 from torch_paged.hf.implementation import PagedImplementation
 from torch_paged.hf.prefill import prefill_once
 from torch_paged.hf.support import Path, training_reason
@@ -53,14 +56,14 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             # The user may have chosen another attention implementation while the model is patched.
             installed = isinstance(self.config._attn_implementation, PagedImplementation)
             native = installed and handle.support(self).path is Path.NATIVE
-            with announced(named, native=native, training=training_reason(self), say=handle.say):
+            try:
+                with announced(named, native=native, refusal=training_reason(self), say=handle.say):
+                    return base.__call__(self, *args, **kwargs)
+            except NeedsOwnAttention as needs:
+                cache: PagedCache = named["past_key_values"]
+                cache.refuse(str(needs))
+            with announced(named, native=native, say=handle.say):
                 return base.__call__(self, *args, **kwargs)
-
-        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-            # Copies and pickles are of the stock class: the patch belongs to this instance alone.
-            stock_class: Any = base
-            _, _, *state = stock_class.__reduce_ex__(self, protocol)
-            return (object.__new__, (base,), *state)
 
     if features.probe()["_prefill"]:
 
@@ -72,8 +75,8 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
 
         Paged._prefill = _prefill
 
-    Paged.__name__, Paged.__qualname__, Paged.__module__ = base.__name__, base.__qualname__, base.__module__
-    Paged.__doc__ = base.__doc__
+    # Copies and pickles are of the stock class: the patch belongs to this instance alone.
+    disguise(Paged, base)
     return Paged
 
 

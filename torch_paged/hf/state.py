@@ -26,6 +26,8 @@ class CacheState:
         self.call: Call | None = None
         self.num_seqs: int | None = None
         self.recording_past = False
+        # Why calls over this cache must gather, once one was found to.
+        self.refusal: str | None = None
 
     def announce(self, call: Call) -> Call:
         """Make `call` the forward pass that the layers' next updates belong to."""
@@ -99,6 +101,7 @@ class CacheState:
         twin.columns = self.columns.copy()
         twin.num_seqs = self.num_seqs
         twin.recording_past = self.recording_past
+        twin.refusal = self.refusal
         return twin
 
     def release(self) -> None:

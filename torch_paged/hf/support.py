@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from torch_paged.hf.family import family
+
 logger = logging.getLogger("torch_paged")
 
-NATIVE_MODEL_TYPES = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
 # What torch.ops.paged.attention takes.
 HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 512
 
@@ -42,18 +44,38 @@ def model_support(model: PreTrainedModel) -> Support:
             return Support(Path.STOCK, f"this build has no paged attention for device {device!r}")
     if config.is_encoder_decoder:
         return Support(Path.GATHER, "encoder-decoder models are not among the native ones")
-    if config.model_type not in NATIVE_MODEL_TYPES:
+    if getattr(config.get_text_config(decoder=True), "sliding_window", None) == 1:
+        return Support(Path.STOCK, "stock's cache keeps every token of a sliding window of 1")
+    known = family(config.model_type)
+    if not known.native:
         return Support(Path.GATHER, f"model type {config.model_type!r} is not among the native ones")
+    if (reason := known.not_native(config)) is not None:
+        return Support(Path.GATHER, reason)
     if getattr(config, "add_cross_attention", False):
         return Support(Path.GATHER, "cross-attention is not among the native paths")
     if getattr(config, "reorder_and_upcast_attn", False):
         return Support(Path.GATHER, "reorder_and_upcast_attn has its own attention code")
     if not getattr(config, "is_causal", True):
         return Support(Path.GATHER, "bidirectional attention is not among the native paths")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
-        return Support(Path.GATHER, f"head_dim {head_dim} is no multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}")
+    if problem := head_dims_problem(*_head_dims(config.get_text_config(decoder=True))):
+        return Support(Path.GATHER, problem)
     return Support(Path.NATIVE)
+
+
+def head_dims_problem(*head_dims: int) -> str | None:
+    """Why `torch.ops.paged.attention` does not take these head sizes, or None."""
+    for head_dim in head_dims:
+        if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
+            return f"head_dim {head_dim} is no multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+    return None
+
+
+def _head_dims(config: Any) -> list[int]:
+    """What the config tells of head sizes: nothing where layers differ, which show theirs when they first run."""
+    try:
+        return [getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads]
+    except AttributeError:
+        return []
 
 
 class Voice:

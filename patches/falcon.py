@@ -1,0 +1,71 @@
+"""Falcon: rotary embeddings, or ALiBi, inside its own attention code."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
+
+from torch_paged.hf.attention import paged_attention
+from torch_paged.hf.call import NeedsOwnAttention, in_native_call
+from torch_paged.hf.family import Family
+
+# Stock rounds ALiBi's bias to bfloat16, which holds whole numbers up to this one exactly.
+EXACT_ALIBI_TOKENS = 256
+
+
+def _native_class(base: type[Any]) -> type[Any]:
+    class Native(base):  # type: ignore[misc]
+        def forward(
+            self,
+            hidden_states: Tensor,
+            alibi: Tensor | None,
+            attention_mask: Tensor | None,
+            position_ids: Tensor | None = None,
+            layer_past: Any = None,
+            use_cache: bool = False,
+            output_attentions: bool = False,
+            position_embeddings: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            if not in_native_call():
+                return base.forward(
+                    self, hidden_states, alibi, attention_mask, position_ids, layer_past, use_cache, output_attentions,
+                    position_embeddings, **kwargs,
+                )  # fmt: skip
+            query, key, value = (
+                states.transpose(1, 2) for states in self._split_heads(self.query_key_value(hidden_states))
+            )
+            if alibi is None:
+                query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            if layer_past is not None:
+                key, value = layer_past.update(key, value, self.layer_idx)
+            slopes = None
+            if alibi is not None:
+                if key.shape[2] > EXACT_ALIBI_TOKENS:
+                    raise NeedsOwnAttention(f"Falcon rounds its ALiBi bias past {EXACT_ALIBI_TOKENS} tokens")
+                slopes = _alibi_slopes(self.num_heads, hidden_states.device) * self.inv_norm_factor
+            out, _ = paged_attention(self, query, key, value, None, scaling=self.inv_norm_factor, alibi_slopes=slopes)
+            return self.dense(out.flatten(2)), None
+
+    return Native
+
+
+@functools.cache
+def _alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
+    """float32 `[num_heads]`: the bias of the second of two tokens."""
+    mask = torch.ones(1, 2, dtype=torch.long, device=device)
+    alibi: Tensor = build_alibi_tensor(mask, num_heads, torch.float32)
+    return alibi[:, 0, 1].contiguous()
+
+
+def _not_native(config: Any) -> str | None:
+    if config.alibi and config.num_attention_heads & (config.num_attention_heads - 1):
+        return "ALiBi over a number of heads that is no power of two, which stock rounds to bfloat16"
+    return None
+
+
+FAMILY = Family(attention="FalconAttention", native_class=_native_class, not_native=_not_native)

@@ -1,0 +1,29 @@
+"""GPT-Neo: attention in a method of its own, unscaled, in every other layer over a window of columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torch_paged.hf.attention import paged_attention
+from torch_paged.hf.call import NeedsOwnAttention, in_native_call
+from torch_paged.hf.family import Family
+from torch_paged.hf.paged_kv import PagedKV
+
+
+def _native_class(base: type[Any]) -> type[Any]:
+    class Native(base):  # type: ignore[misc]
+        def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
+            if not in_native_call():
+                return base._attn(self, query, key, value, attention_mask)
+            window = self.config.window_size if self.attention_type == "local" else None
+            if window is not None and isinstance(key, PagedKV) and key.pair.layer.state.columns.holes:
+                raise NeedsOwnAttention("attention_mask has holes under a local window, which counts them")
+            out, _ = paged_attention(self, query, key, value, None, scaling=1.0, sliding_window=window)
+            return out.transpose(1, 2), None
+
+    return Native
+
+
+FAMILY = Family(attention="GPTNeoSelfAttention", native_class=_native_class)
