@@ -5,6 +5,8 @@
 Nothing here needs the transformers library. The weights are random; what counts is where keys and values go.
 """
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
@@ -118,4 +120,5 @@ def main() -> None:
     print(f"largest difference from dense attention: {(logits - dense).abs().max():.1e}")
 
 
+argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
 main()
