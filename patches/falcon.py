@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
+from transformers.models.falcon.modeling_falcon import (
+    FALCON_ATTENTION_CLASSES,
+    apply_rotary_pos_emb,
+    build_alibi_tensor,
+)
 
 from torch_paged.hf.attention import paged_attention
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
+from torch_paged.hf.implementation import register_in
 
 # Stock rounds ALiBi's bias to bfloat16, which holds whole numbers up to this one exactly.
 EXACT_ALIBI_TOKENS = 256
@@ -69,3 +74,4 @@ def _not_native(config: Any) -> str | None:
 
 
 FAMILY = Family(attention="FalconAttention", native_class=_native_class, not_native=_not_native)
+register_in(FALCON_ATTENTION_CLASSES)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
 
 from torch_paged.hf.attention import paged_attention
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
+from torch_paged.hf.implementation import register_in
 from torch_paged.hf.paged_kv import PagedKV
 
 
@@ -27,3 +29,4 @@ def _native_class(base: type[Any]) -> type[Any]:
 
 
 FAMILY = Family(attention="GPTNeoSelfAttention", native_class=_native_class)
+register_in(GPT_NEO_ATTENTION_CLASSES)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.models.gptj.modeling_gptj import GPTJ_ATTENTION_CLASSES
 
 from torch_paged.hf.attention import paged_attention
 from torch_paged.hf.call import in_native_call
 from torch_paged.hf.family import Family
+from torch_paged.hf.implementation import register_in
 
 
 def _native_class(base: type[Any]) -> type[Any]:
@@ -23,3 +25,4 @@ def _native_class(base: type[Any]) -> type[Any]:
 
 
 FAMILY = Family(attention="GPTJAttention", native_class=_native_class)
+register_in(GPTJ_ATTENTION_CLASSES)

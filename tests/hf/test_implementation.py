@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig, GPTNeoConfig
 
 import torch_paged
 
 from .models import batch, tiny
+
+TABLES: list[Any] = [
+    FalconConfig(vocab_size=211, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+    GPTNeoConfig(vocab_size=211, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+    GPTJConfig(vocab_size=211, n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
+]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -26,3 +36,14 @@ def test_the_config_still_answers_to_the_implementation_it_named(implementation:
         else:
             with pytest.raises(ValueError, match="output_attentions"):
                 model.config.output_attentions = True
+
+
+@pytest.mark.parametrize("config", TABLES, ids=lambda config: config.model_type)
+def test_a_model_can_be_built_from_the_config_of_a_patched_one(config: Any) -> None:
+    """These look their attention class up by the implementation's name."""
+    model, inputs = AutoModelForCausalLM.from_config(config).eval(), batch([9, 5])
+    with torch_paged.paged(model):
+        other = type(model.base_model)(model.config).eval()
+        other.load_state_dict(model.base_model.state_dict())
+        actual = other(**inputs).last_hidden_state
+    assert torch.equal(actual, model.base_model(**inputs).last_hidden_state)

@@ -80,6 +80,15 @@ def previous(config: Any) -> str:
     return name
 
 
+def register_in(classes: dict[str, Any]) -> None:
+    """Add our name to a model's own table of attention classes, for models that are built from a patched one's config.
+
+    Args:
+        classes: the classes by the name of the implementation; they get the config as their first argument.
+    """
+    classes[NAME] = lambda config, *args, **kwargs: classes[previous(config)](config, *args, **kwargs)
+
+
 def _configs(model: nn.Module) -> Iterator[Any]:
     seen: set[int] = set()
     for module in model.modules():
