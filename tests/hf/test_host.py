@@ -154,7 +154,24 @@ def _by_config(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return other
 
 
-@pytest.mark.parametrize("copied", [_by_deepcopy, _by_pickle, _by_torch_save, _by_save_pretrained, _by_config])
+def _by_its_class(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    other = type(model)(copy.deepcopy(model.config)).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def _by_its_classs_from_pretrained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return model.from_pretrained(folder).eval()
+
+
+COPIES = [
+    _by_deepcopy, _by_pickle, _by_torch_save, _by_save_pretrained, _by_config, _by_its_class,
+    _by_its_classs_from_pretrained,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_of_a_patched_model_are_stock(copied: Any, tmp_path: Path) -> None:
     model, inputs = tiny("llama"), batch([9, 5])
     stock_class, expected = type(model), generate(model, inputs)

@@ -6,7 +6,10 @@ from typing import Any, SupportsIndex
 
 
 def disguise(cls: type[Any], base: type[Any]) -> None:
-    """Let `cls` show the name of `base`, and let copies and pickles of its instances be of class `base`."""
+    """Let `cls` show the name of `base`; copies and pickles of its instances, and new ones, are of class `base`."""
+
+    def __new__(maker: type[Any], *args: Any, **kwargs: Any) -> Any:
+        return base(*args, **kwargs) if maker is cls else object.__new__(maker)
 
     def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         reduce: Any = base.__reduce_ex__
@@ -15,6 +18,7 @@ def disguise(cls: type[Any], base: type[Any]) -> None:
 
     cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
     cls.__doc__ = base.__doc__
+    cls.__new__ = staticmethod(__new__)  # type: ignore[assignment]
     setattr(cls, "__reduce_ex__", __reduce_ex__)  # noqa: B010  mypy: a method's type
     cls._torch_paged_stock_class = base
 
