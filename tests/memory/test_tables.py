@@ -48,6 +48,28 @@ def test_a_batch_without_rows(make_pool):
     assert tables.num_seqs == 0
 
 
+def test_a_copy_that_fails_leaves_the_rows_as_they_were(make_pool):
+    pool = make_pool()
+    tables = BlockTables(pool, 1)
+    tables.append(counts(6))
+    twin = tables.fork()
+    mappings = []
+
+    def fail(block_mapping):
+        mappings.append(block_mapping.tolist())
+        raise MemoryError("planted")
+
+    with pytest.raises(MemoryError, match="planted"):
+        twin.append(counts(5), fail)
+    ((mapping,),) = mappings
+    assert mapping[0] == 1 and mapping[1] in (2, 3)
+    assert rows_of(twin) == rows_of(tables) == [[0, 1]]
+    assert twin.seq_lens.tolist() == [6]
+    assert (pool.allocator.num_used, pool.allocator.num_shared) == (2, 2)
+    twin.append(counts(5))
+    assert rows_of(twin)[0][0] == 0 and 1 not in rows_of(twin)[0]
+
+
 def test_slots_of_a_left_padded_batch(make_pool):
     tables = BlockTables(make_pool(), 2)
     valid = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=bool)

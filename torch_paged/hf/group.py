@@ -50,9 +50,9 @@ class LayerGroup:
         if self.call is call and self.step is not None:
             return self.step
         with self.pool.lock:
-            block_mapping = self.tables.append(call.num_tokens)
-            if len(block_mapping):
-                self.pool.copy_blocks(block_mapping)
+            self.tables.append(call.num_tokens, self.pool.copy_blocks)
+            # From here on a rollback has something to undo.
+            self.call, self.step = call, None
             slots = self.tables.slots(call.num_tokens, call.valid, call.width)
             block_table, seq_lens = self.tables.step()
         device = self.key.device
@@ -64,7 +64,6 @@ class LayerGroup:
             starts = np.concatenate([[0], np.cumsum(call.num_tokens)]).astype(np.int32)
             rows = torch.from_numpy(np.flatnonzero(call.valid)).to(device)
             max_query_len = int(call.num_tokens.max(initial=0))
-        self.call = call
         self.step = Step(
             block_table=block_table,
             seq_lens=seq_lens,

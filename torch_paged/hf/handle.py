@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -30,7 +31,6 @@ class PagedHandle:
         self._pools = Pools(config)
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
-        self._local = threading.local()
         self._support: dict[str, Support] = {}
         self._stock_class: type[Any] | None = None
         self._native_installed = False
@@ -129,9 +129,8 @@ class PagedHandle:
             return cache
         paged = PagedCache.like(cache, self._pools)
         self._caches.add(paged)
-        created = getattr(self._local, "created", None)
-        if created is not None:
-            created.append(weakref.ref(paged))
+        if _running.generation is not None:
+            _running.generation.created.append(weakref.ref(paged))
         return paged
 
     def say(self, support: Support) -> None:
@@ -139,19 +138,45 @@ class PagedHandle:
         self._voice.say(support, strict=self.config.strict)
 
     @contextmanager
-    def generation(self) -> Iterator[None]:
-        """Around one `generate`: caches it made are released if it raises, and free pages go back at its end."""
-        outer = getattr(self._local, "created", None)
-        created: list[weakref.ref[PagedCache]] = []
-        self._local.created = created
+    def generation(self, assistant: Any = None) -> Iterator[None]:
+        """Around one `generate`: caches made for it are released if it raises, and free pages go back at its end.
+
+        Args:
+            assistant: the model that drafts for this `generate`, if any. Its own calls of `generate` return their
+                caches to this one, which therefore answers for them.
+        """
+        outer = _running.generation
+        generation = _running.generation = _Generation(assistant)
         try:
             yield
         except BaseException:
             # The traceback keeps the frames, and with them the caches, alive.
-            for reference in created:
+            for reference in generation.created:
                 if (cache := reference()) is not None:
                     cache.reset()
             raise
+        else:
+            if outer is not None and outer.assisted_by(self._model()):
+                outer.created += generation.created
         finally:
-            self._local.created = outer
+            _running.generation = outer
             self._pools.trim()
+
+
+class _Generation:
+    """One `generate` that runs in this thread, and the caches made for it."""
+
+    def __init__(self, assistant: Any) -> None:
+        self.assistant = assistant
+        self.created: list[weakref.ref[PagedCache]] = []
+
+    def assisted_by(self, model: PreTrainedModel | None) -> bool:
+        """Whether `model` drafts for it, in a wrapper or not."""
+        return isinstance(self.assistant, nn.Module) and any(model is module for module in self.assistant.modules())
+
+
+class _Running(threading.local):
+    generation: _Generation | None = None
+
+
+_running = _Running()

@@ -30,11 +30,15 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
     model whose class has been put back in mid-call.
     """
     parameters = list(inspect.signature(base.forward).parameters)
+    generate_parameters = list(inspect.signature(base.generate).parameters)
 
     class Paged(base):  # type: ignore[misc]
         @functools.wraps(base.generate)
         def generate(self, *args: Any, **kwargs: Any) -> Any:
-            with handle.generation():
+            named = dict(zip(generate_parameters[1:], args, strict=False)) | kwargs
+            # With assistant_early_exit a model drafts for itself.
+            assistant = self if named.get("assistant_early_exit") else named.get("assistant_model")
+            with handle.generation(assistant):
                 return base.generate(self, *args, **kwargs)
 
         def _prepare_cache_for_generation(

@@ -1,6 +1,7 @@
 """Which blocks the sequences of one batch hold, for one group of layers that live alike."""
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +20,8 @@ Ints = NDArray[np.int64]
 class BlockTables:
     """One row of block ids per sequence; sequences may share blocks, and get their own copy where they write.
 
-    Every method takes the pool's lock. A caller that writes what `append` made room for holds the lock from `append`
-    until `Pool.copy_blocks` has copied the mapping. Blocks go back to the pool with `release`, or when the object dies.
+    Every method takes the pool's lock; a caller that itself copies what `append` maps holds it until it has. Blocks go
+    back to the pool with `release`, or when the object dies.
 
     Args:
         pool: where the blocks lie.
@@ -53,7 +54,7 @@ class BlockTables:
         """Rows of the batch."""
         return len(self.seq_lens)
 
-    def append(self, num_tokens: Ints) -> Ints:
+    def append(self, num_tokens: Ints, copy_blocks: Callable[[Ints], None] | None = None) -> Ints:
         """Make room for new tokens at the end of each row.
 
         Allocates blocks, gives a row that writes into a partly filled block it shares a copy of its own, and frees the
@@ -61,6 +62,8 @@ class BlockTables:
 
         Args:
             num_tokens: int64 `[num_seqs]`, new tokens per row, 0 allowed.
+            copy_blocks: called with the block mapping, usually `Pool.copy_blocks`. Where it raises, rows and blocks
+                are what they were, but for blocks that left the window. None leaves the copying to the caller.
 
         Returns:
             block_mapping: int64 `[n, 2]`, rows of (source, destination) to copy before the new tokens are written.
@@ -87,9 +90,16 @@ class BlockTables:
                 ids = allocator.allocate(len(new[0]) + len(copied), releasing=table[left])
                 self._rows.allocator = allocator
                 table[left] = -1
-                table[new] = ids[: len(new[0])]
+                self._first = first
                 tails = copied, held[copied] - 1
                 mapping[:, 0], mapping[:, 1] = table[tails], ids[len(new[0]) :]
+                if copy_blocks is not None:
+                    try:
+                        copy_blocks(mapping)
+                    except BaseException:
+                        allocator.release(ids)
+                        raise
+                table[new] = ids[: len(new[0])]
                 table[tails] = mapping[:, 1]
                 allocator.release(mapping[:, 0])
             self._first, self.seq_lens = first, end
