@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
+import torch_paged
+from torch_paged import PagedHandle
 from torch_paged.hf.layer import PagedLayer
 
 
@@ -38,6 +41,19 @@ def count_calls() -> Iterator[Counter[str]]:
 
     with _Counting(calls), mock.patch.object(PagedLayer, "gather", counted):
         yield calls
+
+
+@contextmanager
+def watched(*models: PreTrainedModel, native: bool = True, block_size: int = 4) -> Iterator[list[PagedHandle]]:
+    """`paged`, and at the end: every model used blocks and holds none, and they were read in place, or all gathered."""
+    with ExitStack() as stack:
+        handles = [stack.enter_context(torch_paged.paged(model, block_size=block_size)) for model in models]
+        calls = stack.enter_context(count_calls())
+        yield handles
+        for handle in handles:
+            assert handle.stats().blocks_used == 0 < handle.stats().peak_bytes
+        read, gathered = calls["paged.attention"], calls["gather"]
+        assert gathered == 0 < read if native else read == 0 < gathered
 
 
 @contextmanager

@@ -106,12 +106,15 @@ def tiny_t5() -> PreTrainedModel:
     return _sharpen(T5ForConditionalGeneration(config).eval())
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A character for each token, some after a space."""
-    letters = [" " * (token % 7 == 0) + chr(33 + token if token < 90 else 0x100 + token) for token in range(VOCAB)]
+def tiny_tokenizer(first: int = 0, size: int = VOCAB) -> PreTrainedTokenizerFast:
+    """A character for each token, some after a space; the vocabulary in one order, which stock's draws depend on."""
+    numbers = range(first, first + size)
+    letters = [" " * (number % 7 == 0) + chr(33 + number if number < 90 else 0x100 + number) for number in numbers]
     tokenizer = Tokenizer(BPE(vocab={letter: token for token, letter in enumerate(letters)}, merges=[]))
     tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=letters[PAD], eos_token=letters[EOS])
+    tiny = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=letters[0], eos_token=letters[-1])
+    tiny.get_vocab = lambda: {letter: token for token, letter in enumerate(letters)}
+    return tiny
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
