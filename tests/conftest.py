@@ -9,6 +9,15 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--outside",
+        default="",
+        metavar="FAMILIES",
+        help="of tests/outside: these families, with commas between, or all (default: a handful and some by commit)",
+    )
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     """The device to run an op on; the test module names the op in OP."""
