@@ -82,6 +82,7 @@ CONFIGS["jamba"] = lambda: JambaConfig(
 # Attention that splits V before it attends, and attention code of its own.
 CONFIGS["diffllama"] = lambda: DiffLlamaConfig(**SMALL)
 CONFIGS["xglm"] = lambda: XGLMConfig(vocab_size=VOCAB, d_model=64, ffn_dim=128, num_layers=3, attention_heads=4)
+CONFIGS["window-of-one"] = lambda: MistralConfig(**SMALL, sliding_window=1)
 CONFIGS["mamba"] = lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
 NATIVE = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-full", "gpt2", "opt", "bloom", "jamba"]
 GATHERED = ["diffllama", "xglm"]
