@@ -46,10 +46,10 @@ def _alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     return alibi[:, 0, 1].contiguous()
 
 
-def _not_native(config: Any) -> str | None:
+def _not_native(config: Any) -> str:
     if config.pretraining_tp > 1 and config.slow_but_exact:
         return "slow_but_exact sums the output projection in slices"
-    return None
+    return ""
 
 
 FAMILY = Family(attention="BloomAttention", native_class=_native_class, not_native=_not_native)

@@ -67,10 +67,10 @@ def _alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     return alibi[:, 0, 1].contiguous()
 
 
-def _not_native(config: Any) -> str | None:
+def _not_native(config: Any) -> str:
     if config.alibi and config.num_attention_heads & (config.num_attention_heads - 1):
         return "ALiBi over a number of heads that is no power of two, which stock rounds to bfloat16"
-    return None
+    return ""
 
 
 FAMILY = Family(attention="FalconAttention", native_class=_native_class, not_native=_not_native)

@@ -45,7 +45,7 @@ def paged_attention(
     """
     step = _native_step(key)
     if step is None:
-        if in_native_call():
+        if in_native_call() and attention_mask is None and _is_causal(module, kwargs):
             raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window
@@ -64,7 +64,7 @@ def paged_attention(
             **kwargs,
         )
         return output
-    _require_plain_causal(module, dropout, kwargs)
+    _require_plain_causal(module, attention_mask, dropout, kwargs)
     assert isinstance(key, PagedKV)
     layer = key.pair.layer
     batch, heads, width, head_dim = query.shape
@@ -101,12 +101,18 @@ def _native_step(key: Tensor) -> Step | None:
     return layer.step if layer.call is not None and layer.call.native else None
 
 
-def _require_plain_causal(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """What was not foreseen must not run on without a mask."""
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     is_causal = kwargs.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    if dropout != 0.0 or kwargs.get("position_bias") is not None or not is_causal:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _require_plain_causal(
+    module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    """What was not foreseen must not run on without a mask."""
+    if attention_mask is not None:
+        raise NeedsOwnAttention(f"{type(module).__name__} has a mask that is neither causal nor a sliding window")
+    if dropout != 0.0 or kwargs.get("position_bias") is not None or not _is_causal(module, kwargs):
         raise NeedsOwnAttention(f"{type(module).__name__} asks for dropout, a position bias or bidirectional attention")
 
 

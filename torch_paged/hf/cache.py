@@ -44,6 +44,13 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         cache._build(stock, pools)
         return cache
 
+    @staticmethod
+    def unpaged_kinds(stock: DynamicCache) -> list[str]:
+        """The classes of the layers of `stock`, if not one of them can be paged."""
+        if not stock.layers or any(_sliding_window(layer) is not None for layer in stock.layers):
+            return []
+        return sorted({type(layer).__name__ for layer in stock.layers})
+
     def _build(self, stock: DynamicCache, pools: Pools, voice: Voice | None = None) -> None:
         windows = [_sliding_window(layer) for layer in stock.layers]
         per_window = {window: windows.count(window) for window in windows if window is not None}

@@ -123,6 +123,8 @@ class PagedHandle:
         if support.path is not Path.STOCK and not is_plain_dynamic(cache):
             kind = "makes its own cache" if cache is None else f"has a {type(cache).__name__}"
             support = Support(Path.STOCK, f"it {kind}, not a growing cache of keys and values")
+        elif support.path is not Path.STOCK and (kinds := PagedCache.unpaged_kinds(cache)):
+            support = Support(Path.STOCK, f"its cache layers are of kinds that stay as they are: {', '.join(kinds)}")
         if support.path is not Path.NATIVE:
             self.say(support)
         if support.path is Path.STOCK:

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from torch_paged.hf.call import NeedsOwnAttention, in_native_call
+from torch_paged.hf.call import in_native_call
 from torch_paged.hf.family import family
 from torch_paged.hf.implementation import NAME, previous
 
@@ -23,15 +23,11 @@ from torch_paged.hf.implementation import NAME, previous
 def paged_mask(*args: Any, config: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Any:
     """transformers' mask interface.
 
-    In a native call causality, window and padding follow from the lengths of the rows, so no mask is built. Without a
-    PagedCache in the call, and in calls that gather, this is the mask function the model had before the patch.
-
-    Raises:
-        NeedsOwnAttention: in a native call, for a mask that is neither causal nor a causal sliding window.
+    In a native call causality, window and padding follow from the lengths of the rows, so no causal or sliding mask is
+    built. Any other mask, and all of them without a PagedCache in the call or in calls that gather, is that of the mask
+    function the model had before the patch.
     """
-    if in_native_call():
-        if kwargs.get("use_vmap") or not _lengths_tell(mask_function):
-            raise NeedsOwnAttention("a mask that is neither causal nor a sliding window")
+    if in_native_call() and not kwargs.get("use_vmap") and _lengths_tell(mask_function):
         return _NO_MASK if family(config.model_type).converts_mask else None
     name = previous(config)
     # Implementations without a mask function get none from transformers either.

@@ -47,10 +47,8 @@ def model_support(model: PreTrainedModel) -> Support:
     if getattr(config.get_text_config(decoder=True), "sliding_window", None) == 1:
         return Support(Path.STOCK, "stock's cache keeps every token of a sliding window of 1")
     known = family(config.model_type)
-    if not known.native:
-        return Support(Path.GATHER, f"model type {config.model_type!r} is not among the native ones")
-    if (reason := known.not_native(config)) is not None:
-        return Support(Path.GATHER, reason)
+    if reason := known.reason or known.not_native(config):
+        return Support(Path.STOCK if known.stock else Path.GATHER, reason)
     if getattr(config, "add_cross_attention", False):
         return Support(Path.GATHER, "cross-attention is not among the native paths")
     if getattr(config, "reorder_and_upcast_attn", False):
@@ -72,8 +70,11 @@ def head_dims_problem(*head_dims: int) -> str | None:
 
 def _head_dims(config: Any) -> list[int]:
     """What the config tells of head sizes: nothing where layers differ, which show theirs when they first run."""
+    sizes = config.to_dict()
+    if sizes.get("head_dim"):
+        return [sizes["head_dim"]]
     try:
-        return [getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads]
+        return [config.hidden_size // config.num_attention_heads]
     except AttributeError:
         return []
 
