@@ -96,7 +96,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, attn_implementation: str
     torch.manual_seed(0)
     config = CONFIGS[name]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype).eval()
-    return _sharpen(model)
+    return sharpen(model)
 
 
 def tiny_t5() -> PreTrainedModel:
@@ -104,7 +104,7 @@ def tiny_t5() -> PreTrainedModel:
     config = T5Config(
         vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=PAD
     )
-    return _sharpen(T5ForConditionalGeneration(config).eval())
+    return sharpen(T5ForConditionalGeneration(config).eval())
 
 
 def tiny_tokenizer(first: int = 0, size: int = VOCAB) -> PreTrainedTokenizerFast:
@@ -151,7 +151,7 @@ def assert_same_tokens(stock: PreTrainedModel, expected: torch.Tensor, actual: t
         assert float(best[0] - best[1]) < 1e-5, f"row {row}, column {step}: {expected[row]} and {actual[row]}"
 
 
-def _sharpen(model: PreTrainedModel) -> PreTrainedModel:
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
