@@ -31,11 +31,14 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         **knobs: fields of `PagedConfig`, for the pool that this cache owns.
 
     Raises:
-        ValueError, TypeError: a knob is unknown, out of range or of the wrong type.
+        ValueError, TypeError: a knob is unknown, out of range or of the wrong type, or `config` is no config.
     """
 
     def __init__(self, config: PreTrainedConfig, **knobs: Any) -> None:
-        self._build(DynamicCache(config=config), Pools(PagedConfig(**knobs)), Voice("PagedCache"))
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config: {type(config).__name__}; must be a transformers config, such as model.config")
+        voice = Voice.of(config, f"PagedCache({type(config).__name__})")
+        self._build(DynamicCache(config=config), Pools(PagedConfig(**knobs)), voice)
 
     @classmethod
     def like(cls, stock: DynamicCache, pools: Pools) -> PagedCache:

@@ -27,7 +27,7 @@ class PagedHandle:
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig) -> None:
         self.config = config
-        self._voice = Voice(type(model).__name__)
+        self._voice = Voice.of(model, type(model).__name__)
         self._pools = Pools(config)
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
@@ -102,7 +102,7 @@ class PagedHandle:
         live = sum(cache.state.num_seqs is not None for cache in self._caches)
         if live:
             raise RuntimeError(
-                f"{self._voice.model_class} is patched with {self.config} and {live} of its caches hold blocks: "
+                f"{self._voice.name} is patched with {self.config} and {live} of its caches hold blocks: "
                 "delete the past_key_values that generate returned, or unpatch, before choosing other knobs"
             )
         self.settings = config, Pools(config)
