@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
 
 import torch_paged
 
-from .counting import messages
 from .models import batch, generate, tiny, tiny_t5
 
 
@@ -155,27 +153,6 @@ def test_strict_raises_instead_of_falling_back(make: Any) -> None:
     assert _snapshot(model) == before
 
 
-def test_a_cache_of_ones_own_says_that_the_model_is_not_patched(caplog: pytest.LogCaptureFixture) -> None:
-    model, inputs = tiny("llama"), batch([9])
-    with caplog.at_level(logging.WARNING, "torch_paged"):
-        generate(model, inputs, past_key_values=torch_paged.PagedCache(model.config))
-    (message,) = messages(caplog)
-    assert "PagedCache" in message and "not patched" in message and "gathered" in message
-    cache = torch_paged.PagedCache(model.config, strict=True)
-    with pytest.raises(ValueError, match="not patched"):
-        generate(model, inputs, past_key_values=cache)
-    assert cache.stats().blocks_used == 0
-
-
-def test_strict_calls_raise_too() -> None:
-    model = tiny("llama")
-    with torch_paged.paged(model, strict=True), torch.no_grad():
-        cache = torch_paged.PagedCache(model.config)
-        with pytest.raises(ValueError, match="not one row of columns"):
-            model(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 1, 2, 2), past_key_values=cache)
-        assert cache.get_seq_length() == 0
-
-
 @pytest.mark.parametrize(
     ("knobs", "error", "message"),
     [
@@ -202,8 +179,3 @@ def test_what_cannot_be_patched() -> None:
         torch_paged.patch(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="LlamaModel has no generate"):
         torch_paged.patch(tiny("llama").model)
-
-
-def test_logger_has_a_null_handler() -> None:
-    handlers = logging.getLogger("torch_paged").handlers
-    assert any(isinstance(handler, logging.NullHandler) for handler in handlers)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import torch_paged
-from torch_paged.hf.support import Path as KvPath
+from torch_paged.hf import support
 from torch_paged.hf.support import Support, Voice
 
 from .counting import messages
@@ -76,6 +76,15 @@ def test_strict_raises_what_would_be_told(call: str) -> None:
         assert torch.equal(generate(model, inputs), expected)
 
 
+def test_strict_calls_raise_too() -> None:
+    model = tiny("llama")
+    with torch_paged.paged(model, strict=True), torch.no_grad():
+        cache = torch_paged.PagedCache(model.config)
+        with pytest.raises(ValueError, match="not one row of columns"):
+            model(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 1, 2, 2), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
 def test_patching_again_does_not_repeat_what_was_told(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = tiny(GATHERED), batch([9])
     for block_size in (4, 8, 8):
@@ -90,15 +99,12 @@ def test_every_model_is_told_of_by_itself(caplog: pytest.LogCaptureFixture) -> N
         for model in (first, second, first, second):
             generate(model, inputs)
     assert len(messages(caplog)) == 2
-    # Also one that takes the place of another in memory.
-    for _ in range(3):
-        caplog.clear()
-        model = tiny(GATHERED)
-        with torch_paged.paged(model):
-            generate(model, inputs, max_new_tokens=1)
-        assert len(messages(caplog)) == 1
-        del model
-        gc.collect()
+    # What was told goes with the model: the next one at its place in memory is told of.
+    place = id(first)
+    assert place in support._voices
+    del first, model
+    gc.collect()
+    assert place not in support._voices
 
 
 def test_caches_of_ones_own_are_told_of_once_for_a_model(caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +112,12 @@ def test_caches_of_ones_own_are_told_of_once_for_a_model(caplog: pytest.LogCaptu
     for _ in range(3):
         generate(model, inputs, past_key_values=torch_paged.PagedCache(model.config))
     (message,) = messages(caplog)
-    assert message.startswith("PagedCache(LlamaConfig): the model that uses it is not patched")
+    for part in ("PagedCache(LlamaConfig): the model that uses it is not patched", "gathered"):
+        assert part in message
+    cache = torch_paged.PagedCache(model.config, strict=True)
+    with pytest.raises(ValueError, match="not patched"):
+        generate(model, inputs, past_key_values=cache)
+    assert cache.stats().blocks_used == 0
 
 
 def test_threads_tell_a_reason_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,9 +133,9 @@ def test_threads_tell_a_reason_once(caplog: pytest.LogCaptureFixture) -> None:
 
     voice = Voice("Model")
     voice._said = Said()
-    say = threading.Thread(target=voice.say, args=(Support(KvPath.GATHER, "why"), False))
+    say = threading.Thread(target=voice.say, args=(Support(support.Path.GATHER, "why"), False))
     say.start()
-    voice.say(Support(KvPath.GATHER, "why"), False)
+    voice.say(Support(support.Path.GATHER, "why"), False)
     say.join()
     assert len(messages(caplog)) == 1
 
@@ -160,6 +171,46 @@ def test_a_full_pool_says_what_to_change_and_the_change_helps(name: str, kwargs:
         generate(model, batch([4]), max_new_tokens=2)
     with torch_paged.paged(model, block_size=4, max_memory=2 * most):
         assert torch.equal(generate(model, inputs, **kwargs), expected)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("llama", "PagedHandle(LlamaForCausalLM, native)"),
+        ("diffllama", "PagedHandle(DiffLlamaForCausalLM, gather: it computes with K or V between cache and attention)"),
+        ("mamba", "PagedHandle(MambaForCausalLM, stock: it keeps another state than keys and values)"),
+    ],
+)
+def test_a_handle_shows_how_its_model_runs(name: str, text: str) -> None:
+    model = tiny(name)
+    handle = torch_paged.patch(model)
+    assert repr(handle) == text
+    handle.unpatch()
+    assert repr(handle) == f"PagedHandle({type(model).__name__}, not patched)"
+
+
+def test_strict_does_not_promise_blocks_to_a_model_that_has_none() -> None:
+    model = tiny("mamba")
+    with pytest.raises(ValueError, match=r"MambaForCausalLM: .*the model keeps the stock cache: nothing is paged"):
+        torch_paged.patch(model, strict=True)
+
+
+def test_another_number_of_rows_is_the_only_thing_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = tiny("llama"), batch([9, 5])
+    with torch_paged.paged(model):
+        cache = generate(model, inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+        with pytest.raises(ValueError, match="batch size: 1; must be 2, the rows this PagedCache holds"):
+            generate(model, batch([14]), past_key_values=cache)
+        cache.reset()
+    assert messages(caplog) == []
+
+
+def test_a_pipeline_is_told_to_pass_its_model() -> None:
+    class Pipeline:
+        model = tiny("llama")
+
+    with pytest.raises(TypeError, match=r"model: Pipeline; must be a transformers model .*: pass its \.model"):
+        torch_paged.patch(Pipeline())
 
 
 def test_a_cache_needs_a_config() -> None:

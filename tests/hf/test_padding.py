@@ -65,25 +65,6 @@ def test_patched_model_without_a_paged_cache_keeps_its_mask() -> None:
             assert torch.equal(model(**inputs, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_second_turn_appends_to_a_returned_cache(name: str) -> None:
-    model, inputs = tiny(name), batch(LENGTHS)
-
-    def two_turns() -> torch.Tensor:
-        first = generate(model, inputs, return_dict_in_generate=True, max_new_tokens=6, eos_token_id=None)
-        ids = torch.cat([first.sequences, batch([5, 5, 5], seed=3)["input_ids"]], 1)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(3, ids.shape[1] - 30, dtype=torch.long)], 1)
-        second = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
-        return generate(model, second, max_new_tokens=6)
-
-    expected = two_turns()
-    with torch_paged.paged(model) as handle, count_calls() as calls:
-        actual = two_turns()
-        assert handle.stats().blocks_used == 0
-    assert_same_tokens(model, expected, actual, prompt=41)
-    assert calls["gather"] == 0
-
-
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("holes", ["middle", "right"])
 def test_masks_with_holes(name: str, holes: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,15 +149,6 @@ def test_right_padding_goes_on_from_what_stock_goes_on_from(name: str, num_beams
     with torch_paged.paged(model):
         actual = generate(model, inputs, num_beams=num_beams)
     assert_same_tokens(model, expected, actual, prompt=12)
-
-
-def test_chunked_prefill_of_a_padded_batch() -> None:
-    model, inputs = tiny("mistral"), batch([40, 3])
-    expected = generate(model, inputs, prefill_chunk_size=16, num_beams=2)
-    with torch_paged.paged(model, block_size=8), count_calls() as calls:
-        actual = generate(model, inputs, prefill_chunk_size=16, num_beams=2)
-    assert_same_tokens(model, expected, actual, prompt=40)
-    assert calls["gather"] == 0
 
 
 def test_gathered_copies_are_of_the_callers_own() -> None:
