@@ -84,7 +84,7 @@ def test_exhaustion_changes_nothing():
     allocator.allocate(5)
     allocator.retain(ids(2))
     before = snapshot(allocator)
-    with pytest.raises(PoolExhausted, match=r"4 needed, 3 free; raise max_memory") as caught:
+    with pytest.raises(PoolExhausted, match=r"4 needed, 3 free, 3 in use; raise max_memory") as caught:
         allocator.allocate(4, releasing=ids(0, 1, 2))
     assert (caught.value.needed, caught.value.free) == (4, 3)
     assert snapshot(allocator) == before
@@ -92,8 +92,9 @@ def test_exhaustion_changes_nothing():
 
 
 def test_exhaustion_survives_pickling():
-    error = pickle.loads(pickle.dumps(PoolExhausted(4, 3)))
-    assert (error.needed, error.free, str(error)) == (4, 3, str(PoolExhausted(4, 3)))
+    error = pickle.loads(pickle.dumps(PoolExhausted(4, 3, 5, 4096)))
+    assert (error.needed, error.free, error.used, error.max_bytes) == (4, 3, 5, 4096)
+    assert "4 needed, 3 free, 5 in use; raise max_memory (now 4,096 bytes)" in str(error)
 
 
 @pytest.mark.parametrize(

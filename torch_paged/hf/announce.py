@@ -56,7 +56,8 @@ def make_call(
     """The Call for these model inputs; None if they are of a kind that only the layers can tell.
 
     Raises:
-        ValueError: the mask shows columns that were hidden, and therefore not stored, in an earlier call.
+        ValueError: the mask shows columns that were hidden, and therefore not stored, in an earlier call; or the cache
+            holds another number of rows.
     """
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
@@ -64,6 +65,7 @@ def make_call(
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return None
     num_seqs, width = int(tokens.shape[0]), int(tokens.shape[1])
+    cache.state.check_rows(num_seqs)
     if not native:
         return Call(num_seqs, width)
     columns = cache.state.columns
@@ -74,8 +76,8 @@ def make_call(
         relation = columns.compare(None if mask is None else mask[:, : columns.count])
         if relation == "reveals":
             raise ValueError(
-                f"attention_mask: {'None' if mask is None else 'shows columns that earlier calls hid'}; must keep "
-                "hiding the padding of earlier calls, which a PagedCache does not store"
+                f"attention_mask: {'None' if mask is None else 'shows columns that earlier calls hid'}; must be that "
+                "of all columns, and go on hiding the padding of earlier calls, which a PagedCache does not store"
             )
         if mask is not None and not mask[:, columns.count :].all():
             call = Call(num_seqs, width, mask[:, columns.count :].copy())

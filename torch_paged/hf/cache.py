@@ -88,7 +88,10 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             RuntimeError: layers of another kind have run already and cannot be taken back.
         """
         if not self.all_paged:
-            raise RuntimeError(f"{reason}; in a model whose cache has layers of other kinds: unpatch it, please")
+            raise RuntimeError(
+                f"{reason}, after layers of another kind than keys and values have run, which cannot be taken back; "
+                "torch_paged.unpatch(model) runs this call"
+            )
         self.state.refusal = reason
 
     def crop(self, tokens_to_remove: int) -> None:

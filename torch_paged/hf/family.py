@@ -45,8 +45,18 @@ GATHERS = {
         "bigbird_pegasus dots3_note_text gemma4_unified llama4 llama4_text mllama mllama_text_model moshi"
     ),
 }
-# Why others keep stock's cache. Those whose cache is of another kind need no mention: their cache shows it.
-KEEPS_STOCK = {"it keeps no keys and values and computes every token anew in each step": "openai-gpt xlm"}
+# Why others keep stock's cache.
+KEEPS_STOCK = {
+    "it keeps no keys and values and computes every token anew in each step": "openai-gpt xlm",
+    "it keeps another state than keys and values": "falcon_mamba mamba mamba2 reformer rwkv",
+    "its keys and values are in a cache of its own": "minimax xlnet",
+    "its cache layers choose keys by an index": (
+        "axk2 deepseek_v32 glm_moe_dsa hy_v4 qwen4_exp qwen4_exp_text"
+    ),
+    "its cache layers hold more than keys and values": (
+        "deepseek_v4 falcon_h1 inkling2_text inkling_text zamba zamba2 zaya"
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,13 @@ class PagedHandle:
         self._stock_class: type[Any] | None = None
         self._native_installed = False
 
+    def __repr__(self) -> str:
+        model = self._model()
+        if model is None or not self.patched:
+            return f"PagedHandle({self._voice.name}, not patched)"
+        support = self.support(model)
+        return f"PagedHandle({self._voice.name}, {support.path.name.lower()}{support.reason and f': {support.reason}'})"
+
     def stats(self) -> PoolStats:
         """Blocks, bytes and waste of the pools right now, and their peak since `reset_peak`."""
         return self._pools.stats()

@@ -14,9 +14,8 @@ from torch_paged.hf.announce import announced
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.implementation import PagedImplementation
 from torch_paged.hf.prefill import prefill_once
-from torch_paged.hf.support import Path, training_reason
+from torch_paged.hf.support import Path, implementation_reason, training_reason
 
 if TYPE_CHECKING:
     from torch_paged.hf.handle import PagedHandle
@@ -57,11 +56,10 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             if not handle.patched:
                 return base.__call__(self, *args, **kwargs)
             named = dict(zip(parameters[1:], args, strict=False)) | kwargs
-            # The user may have chosen another attention implementation while the model is patched.
-            installed = isinstance(self.config._attn_implementation, PagedImplementation)
-            native = installed and handle.support(self).path is Path.NATIVE
+            native = handle.support(self).path is Path.NATIVE
+            refusal = training_reason(self) or implementation_reason(self)
             try:
-                with announced(named, native=native, refusal=training_reason(self), say=handle.say):
+                with announced(named, native=native, refusal=refusal, say=handle.say):
                     return base.__call__(self, *args, **kwargs)
             except NeedsOwnAttention as needs:
                 cache: PagedCache = named["past_key_values"]

@@ -106,7 +106,8 @@ def unwrap(model: Any) -> PreTrainedModel:
         elif isinstance(wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None)), nn.Module):
             inner = wrapped
         else:
-            raise TypeError(f"model: {type(model).__name__}; must be a transformers model or a wrapper of one")
+            hint = ": pass its .model" if isinstance(getattr(inner, "model", None), PreTrainedModel) else ""
+            raise TypeError(f"model: {type(model).__name__}; must be a transformers model or a wrapper of one{hint}")
     if not inner.can_generate():
         raise ValueError(f"model: {type(inner).__name__} has no generate(); must be a model that can generate")
     return inner

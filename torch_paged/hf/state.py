@@ -31,18 +31,21 @@ class CacheState:
 
     def announce(self, call: Call) -> Call:
         """Make `call` the forward pass that the layers' next updates belong to."""
-        if self.num_seqs is None:
-            self.num_seqs = call.num_seqs
-        elif call.num_seqs != self.num_seqs:
-            raise ValueError(f"batch size: {call.num_seqs}; must be {self.num_seqs}, the rows this PagedCache holds")
+        self.check_rows(call.num_seqs)
+        self.num_seqs = call.num_seqs
         self.call = call
         self.columns.append(call)
         return call
 
+    def check_rows(self, num_seqs: int) -> None:
+        """Raises: ValueError, if the cache holds another number of rows."""
+        if self.num_seqs not in (None, num_seqs):
+            raise ValueError(f"batch size: {num_seqs}; must be {self.num_seqs}, the rows this PagedCache holds")
+
     def say_unannounced(self) -> None:
         """Tell the user of a cache of his own that the model using it is not patched; raise ValueError if strict."""
         if self.voice is not None:
-            reason = "the model that uses it is not patched, so its attention cannot read blocks"
+            reason = "the model that uses it is not patched, as torch_paged.patch(model) does"
             self.voice.say(Support(Path.GATHER, reason), strict=self.pools.config.strict)
 
     def group(self, key: GroupKey) -> LayerGroup:

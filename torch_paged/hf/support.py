@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from torch_paged.hf.family import family
+from torch_paged.hf.implementation import PagedImplementation
 
 logger = logging.getLogger("torch_paged")
 
@@ -123,6 +124,14 @@ def training_reason(model: PreTrainedModel) -> str | None:
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing keeps the cache from the layers"
     return None
+
+
+def implementation_reason(model: PreTrainedModel) -> str | None:
+    """Why a model whose attention implementation was changed while it was patched cannot run natively, or None."""
+    chosen = model.config._attn_implementation
+    if isinstance(chosen, PagedImplementation):
+        return None
+    return f"the attention implementation {chosen!r} was chosen after the patch"
 
 
 def has_kernel(op: str, device_type: str) -> bool:

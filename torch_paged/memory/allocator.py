@@ -21,17 +21,20 @@ class PoolExhausted(RuntimeError):
     Attributes:
         needed: blocks asked for.
         free: blocks that were free.
+        used: blocks in use, of all sequences and caches together.
+        max_bytes: bytes that blocks may take, `max_memory`; 0 = no bound but the pool's own.
     """
 
-    def __init__(self, needed: int, free: int) -> None:
+    def __init__(self, needed: int, free: int, used: int = 0, max_bytes: int = 0) -> None:
+        bound = f" (now {max_bytes:,} bytes)" if max_bytes else ""
         super().__init__(
-            f"out of KV blocks: {needed} needed, {free} free; raise max_memory, or run fewer or shorter sequences"
+            f"out of KV blocks: {needed} needed, {free} free, {used} in use; raise max_memory{bound}, run fewer or "
+            "shorter sequences at once, or delete the past_key_values that earlier calls returned"
         )
-        self.needed = needed
-        self.free = free
+        self.needed, self.free, self.used, self.max_bytes = needed, free, used, max_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.needed, self.free)
+        return type(self), (self.needed, self.free, self.used, self.max_bytes)
 
 
 class BlockAllocator:
@@ -83,10 +86,10 @@ class BlockAllocator:
         if n < 0:
             raise ValueError(f"n: {n}; must be at least 0")
         self.release(releasing)
-        free = self.num_free
+        free, used = self.num_free, self.num_used
         if n > free:
             self._count(*self._shift(releasing, NO_IDS)[1:])  # undo
-            raise PoolExhausted(n, free)
+            raise PoolExhausted(n, free, used, 0 if self._budget is None else self._budget.max_bytes)
         if n == 0:
             return NO_IDS
         ids = self._lowest_free(n)
