@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 
@@ -42,5 +42,8 @@ def _config_state(config: PreTrainedConfig) -> tuple[Any, ...]:
 def _identity(value: Any) -> Any:
     """Registries of hooks and children by what is in them, other values by what they are."""
     if isinstance(value, dict):
-        return {key: id(item) for key, item in value.items()}
+        return {key: _identity(item) if not isinstance(item, dict) else id(item) for key, item in value.items()}
+    if isinstance(value, Tensor) and value.device.type == "meta":
+        # Offloaded weights stand here for the length of a call; accelerate puts a new one in their place after it.
+        return "meta"
     return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
