@@ -37,7 +37,9 @@ class PagedImplementation(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:
+        # In Python: Dynamo does not trace the slot of a subclass of str.
+        return str.__hash__(NAME)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[str], tuple[str]]:
         return str, (self.previous,)

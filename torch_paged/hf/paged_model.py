@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
 from torch_paged.hf.announce import announced
 from torch_paged.hf.cache import PagedCache
-from torch_paged.hf.call import NeedsOwnAttention
+from torch_paged.hf.call import NeedsOwnAttention, current
 from torch_paged.hf.disguise import disguise
 from torch_paged.hf.prefill import prefill_once
 from torch_paged.hf.support import Path, implementation_reason, training_reason
@@ -56,16 +57,10 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             if not handle.patched:
                 return base.__call__(self, *args, **kwargs)
             named = dict(zip(parameters[1:], args, strict=False)) | kwargs
-            native = handle.support(self).path is Path.NATIVE
-            refusal = training_reason(self) or implementation_reason(self)
-            try:
-                with announced(named, native=native, refusal=refusal, say=handle.say):
-                    return base.__call__(self, *args, **kwargs)
-            except NeedsOwnAttention as needs:
-                cache: PagedCache = named["past_key_values"]
-                cache.refuse(str(needs))
-            with announced(named, native=native, say=handle.say):
+            if current.call is None and not isinstance(named.get("past_key_values"), PagedCache):
+                # Nothing but the stock model, with nothing of ours for Dynamo to trace.
                 return base.__call__(self, *args, **kwargs)
+            return _announced_call(base, handle, self, named, args, kwargs)
 
     if features.probe()["_prefill"]:
 
@@ -80,6 +75,30 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
     # Copies and pickles are of the stock class: the patch belongs to this instance alone.
     disguise(Paged, base)
     return Paged
+
+
+# Not compiled, also in a compiled model: the tables of a PagedCache are edited in Python.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _announced_call(
+    base: type[Any], handle: PagedHandle, model: Any, named: dict[str, Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """A call whose PagedCache, if it has one, knows what it stores and whether attention reads the blocks.
+
+    Args:
+        base: the stock class of `model`.
+        named: `args` and `kwargs` by name.
+    """
+    call = base.__call__ if model._compiled_call_impl is None else base._call_impl
+    native = handle.support(model).path is Path.NATIVE
+    refusal = training_reason(model) or implementation_reason(model)
+    try:
+        with announced(named, native=native, refusal=refusal, say=handle.say):
+            return call(model, *args, **kwargs)
+    except NeedsOwnAttention as needs:
+        cache: PagedCache = named["past_key_values"]
+        cache.refuse(str(needs))
+    with announced(named, native=native, say=handle.say):
+        return call(model, *args, **kwargs)
 
 
 def is_plain_dynamic(cache: Any) -> bool:
