@@ -36,8 +36,9 @@ MODELS = [
     ("gpt_oss", "eager"),
     ("opt", "sdpa"),
     ("bloom", None),
+    ("diffllama", None),
 ]
-SOME = [("llama", "sdpa"), ("gpt2", "eager"), ("qwen2-sliding", "sdpa"), *MODELS[-4:]]
+SOME = [("llama", "sdpa"), ("gpt2", "eager"), ("qwen2-sliding", "sdpa"), *MODELS[-5:]]
 
 
 def _forward(model: PreTrainedModel, **kwargs: Any) -> list[Any]:

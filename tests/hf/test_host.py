@@ -1,48 +1,71 @@
-"""The host is left as it was found: patching, unpatching, copies, wrappers, exceptions, training, threads."""
+"""The host is left as it was found: patching twice, nested, with other knobs, in mid-generate, and unpatching."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 import torch_paged
 
-from .models import batch, generate, tiny, tiny_t5
+from .host_state import host_state
+from .models import SMALL, batch, generate, tiny, tiny_t5
 
 
-def _snapshot(model: PreTrainedModel) -> tuple[Any, ...]:
-    names = {
-        name: module.config._attn_implementation for name, module in model.named_modules() if hasattr(module, "config")
-    }
-    return type(model), names, model.config.to_dict(), sorted(model.__dict__), type(model.config._attn_implementation)
+def _llava() -> PreTrainedModel:
+    """A config of configs: text and vision name implementations of their own."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = LlavaConfig(text_config=LlamaConfig(**SMALL), vision_config=vision, image_token_index=0)
+    config._attn_implementation = {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}
+    return LlavaForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "diffllama"])
-def test_unpatch_restores_everything(name: str) -> None:
-    model, inputs = tiny(name), batch([9, 5])
-    before, expected = _snapshot(model), generate(model, inputs)
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {"t5": tiny_t5, "llava": _llava}
+NAMES = ["llama", "gpt2", "qwen2-sliding", "gemma2", "gpt_oss", "bloom", "jamba", "mamba", "diffllama", "t5", "llava"]
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_unpatch_restores_everything(name: str, attn_implementation: str) -> None:
+    model, inputs = (MODELS[name]() if name in MODELS else tiny(name)), batch([9, 9])
+    if name != "llava" and attn_implementation == "eager":
+        model.set_attn_implementation("eager")
+    stock_class, before, expected = type(model), host_state(model), generate(model, inputs, max_new_tokens=6)
     handle = torch_paged.patch(model)
-    assert isinstance(model, before[0]) and type(model).__name__ == before[0].__name__
-    generate(model, inputs)
+    assert isinstance(model, stock_class) and type(model).__name__ == stock_class.__name__
+    generate(model, inputs, max_new_tokens=6)
     torch_paged.unpatch(model)
     handle.unpatch()
-    assert _snapshot(model) == before
-    assert torch.equal(generate(model, inputs), expected)
+    assert host_state(model) == before
+    assert torch.equal(generate(model, inputs, max_new_tokens=6), expected)
 
 
 def test_patching_twice_is_one_patch() -> None:
     model = tiny("llama")
-    before = _snapshot(model)
+    before = host_state(model)
     handle = torch_paged.patch(model)
     patched_class = type(model)
     assert torch_paged.patch(model) is handle and type(model) is patched_class
     torch_paged.unpatch(model)
     torch_paged.unpatch(model)
-    assert _snapshot(model) == before
+    assert host_state(model) == before
 
 
 def test_other_knobs_need_an_idle_model() -> None:
@@ -59,13 +82,33 @@ def test_other_knobs_need_an_idle_model() -> None:
 
 def test_nested_paged_restores_the_outer_knobs() -> None:
     model = tiny("llama")
-    before = _snapshot(model)
+    before = host_state(model)
     with torch_paged.paged(model, block_size=4) as outer:
         with torch_paged.paged(model, block_size=32) as inner:
             assert inner is outer and inner.config.block_size == 32
             generate(model, batch([9]))
         assert outer.config.block_size == 4 and outer.patched
-    assert not outer.patched and _snapshot(model) == before
+    assert not outer.patched and host_state(model) == before
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_models_that_share_a_config_are_unpatched_in_any_order(order: tuple[int, ...]) -> None:
+    first, inputs = tiny("llama"), batch([9, 5])
+    # A model of another class, which cannot be patched, lives on the same config.
+    models = [first, LlamaForCausalLM(first.config).eval(), LlamaForCausalLM(first.config).eval()]
+    classifier = LlamaForSequenceClassification(first.config).eval()
+    states = [host_state(model) for model in [*models, classifier]]
+    expected = [generate(model, inputs, max_new_tokens=4) for model in models]
+    scores = classifier(**inputs).logits
+    handles = [torch_paged.patch(model, strict=True) for model in models]
+    for number in order:
+        handles[number].unpatch()
+        for model, tokens, handle in zip(models, expected, handles, strict=True):
+            handle.reset_peak()
+            assert torch.equal(generate(model, inputs, max_new_tokens=4), tokens)
+            assert (handle.stats().peak_bytes > 0) == handle.patched
+        assert torch.equal(classifier(**inputs).logits, scores)
+    assert [host_state(model) for model in [*models, classifier]] == states
 
 
 def test_two_models_that_share_a_config() -> None:
@@ -79,23 +122,6 @@ def test_two_models_that_share_a_config() -> None:
             assert torch.equal(generate(second, inputs), expected)
             assert second.config._attn_implementation == "torch_paged"
     assert second.config._attn_implementation == "sdpa" and type(second.config._attn_implementation) is str
-
-
-class _Wrapper(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
-def test_wrappers_are_looked_through() -> None:
-    model, inputs = tiny("llama"), batch([9])
-    expected = generate(model, inputs)
-    wrapped = torch.compile(_Wrapper(model), backend="eager")
-    handle = torch_paged.patch(wrapped)
-    assert torch.equal(generate(model, inputs), expected)
-    assert handle.stats().peak_bytes > 0
-    torch_paged.unpatch(wrapped)
-    assert not handle.patched
 
 
 def test_a_held_cache_does_not_hinder_the_end_of_a_nested_block() -> None:
@@ -117,7 +143,7 @@ def test_a_held_cache_does_not_hinder_the_end_of_a_nested_block() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "diffllama"])
 def test_unpatching_while_generate_runs(name: str, again: bool) -> None:
     model, inputs = tiny(name), batch([20, 5])
-    before, expected = _snapshot(model), generate(model, inputs, eos_token_id=None)
+    before, expected = host_state(model), generate(model, inputs, eos_token_id=None)
     steps = 0
 
     def unpatch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -133,7 +159,63 @@ def test_unpatching_while_generate_runs(name: str, again: bool) -> None:
     actual = generate(model, inputs, eos_token_id=None, logits_processor=LogitsProcessorList([unpatch]))
     assert torch.equal(actual, expected)
     torch_paged.unpatch(model)
-    assert _snapshot(model) == before
+    assert host_state(model) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "diffllama"])
+def test_patching_while_stock_generate_runs(name: str) -> None:
+    """The call keeps stock's cache, the next one is paged."""
+    model, inputs = tiny(name), batch([20, 5])
+    expected = generate(model, inputs, eos_token_id=None)
+
+    def patch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        torch_paged.patch(model, block_size=4)
+        return scores
+
+    kwargs = dict(eos_token_id=None, logits_processor=LogitsProcessorList([patch]))
+    assert torch.equal(generate(model, inputs, **kwargs), expected)
+    handle = torch_paged.patch(model, block_size=4)
+    assert handle.stats().peak_bytes == 0
+    assert torch.equal(generate(model, inputs, eos_token_id=None), expected)
+    assert handle.stats().peak_bytes > 0
+
+
+def test_a_callback_that_asks_for_other_knobs_is_refused() -> None:
+    model, inputs = tiny("llama"), batch([9])
+    handle = torch_paged.patch(model, block_size=4)
+
+    def patch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        torch_paged.patch(model, block_size=8)
+        return scores
+
+    with pytest.raises(RuntimeError, match="1 of its caches hold blocks"):
+        generate(model, inputs, logits_processor=LogitsProcessorList([patch]))
+    assert handle.config.block_size == 4 and handle.stats().blocks_used == 0
+
+
+def test_an_implementation_chosen_while_patched_stays() -> None:
+    model, inputs = tiny("llama"), batch([9, 5])
+    expected = generate(model, inputs)
+    torch_paged.patch(model)
+    model.set_attn_implementation("eager")
+    torch_paged.unpatch(model)
+    assert type(model.config._attn_implementation) is str and model.config._attn_implementation == "eager"
+    assert torch.equal(generate(model, inputs), expected)
+
+
+def test_hooks_that_come_and_go_while_patched_are_the_callers() -> None:
+    model, inputs = tiny("llama"), batch([9])
+    before, seen = host_state(model), []
+    with torch_paged.paged(model):
+        first = model.model.layers[0].register_forward_hook(lambda *args: seen.append("first"))
+        second = model.register_forward_pre_hook(lambda *args: seen.append("second"))
+        generate(model, inputs, max_new_tokens=2)
+    assert seen == ["second", "first"] * 2
+    generate(model, inputs, max_new_tokens=1)
+    assert len(seen) == 6
+    first.remove()
+    second.remove()
+    assert host_state(model) == before
 
 
 def test_strict_is_asked_again_when_patching_again() -> None:
@@ -147,10 +229,10 @@ def test_strict_is_asked_again_when_patching_again() -> None:
 @pytest.mark.parametrize("make", [lambda: tiny("diffllama"), tiny_t5])
 def test_strict_raises_instead_of_falling_back(make: Any) -> None:
     model = make()
-    before = _snapshot(model)
+    before = host_state(model)
     with pytest.raises(ValueError, match=type(model).__name__):
         torch_paged.patch(model, strict=True)
-    assert _snapshot(model) == before
+    assert host_state(model) == before
 
 
 @pytest.mark.parametrize(
@@ -167,11 +249,11 @@ def test_strict_raises_instead_of_falling_back(make: Any) -> None:
 )
 def test_bad_knobs_leave_the_model_alone(knobs: dict[str, Any], error: type[Exception], message: str) -> None:
     model = tiny("llama")
-    before = _snapshot(model)
+    before = host_state(model)
     for take in (torch_paged.patch, lambda model, **knobs: torch_paged.PagedCache(model.config, **knobs)):
         with pytest.raises(error, match=message):
             take(model, **knobs)
-    assert _snapshot(model) == before
+    assert host_state(model) == before
 
 
 def test_what_cannot_be_patched() -> None:

@@ -14,7 +14,7 @@ import torch_paged
 
 from .models import batch, generate, tiny, tiny_t5, twin
 
-# A native one, one with dropout, windows, softcap, sinks, and the gathered kinds: attention interface or not, and T5.
+# Plain, dropout, windows, softcap, sinks, attention code of its own, a model that gathers, and T5.
 MODELS = [
     ("llama", "sdpa"),
     ("llama", "eager"),
@@ -26,6 +26,7 @@ MODELS = [
     ("gpt_oss", "eager"),
     ("opt", "sdpa"),
     ("bloom", None),
+    ("diffllama", None),
     ("t5", None),
 ]
 
