@@ -239,3 +239,16 @@ def test_encoder_decoders_gather_their_self_attention(build: Any, mode: str, cap
     assert calls["gather"] > 0
     (message,) = messages(caplog)
     assert message.startswith(f"{type(model).__name__}: encoder-decoder models are not among the native ones")
+
+
+@pytest.mark.parametrize("build", [_bart, _whisper])
+def test_a_compiled_forward_gathers_by_the_tables_of_its_own_step(build: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = build()
+    model = sharpen(model.eval())
+    options: dict[str, Any] = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+    expected = model.generate(**inputs, **options)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    with torch_paged.paged(model, block_size=4):
+        assert torch.equal(model.generate(**inputs, **options), expected)

@@ -74,6 +74,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             PoolExhausted: the pool has too few free blocks; nothing has changed.
             ValueError: the batch, heads or head sizes are not those this cache holds.
         """
+        if torch.compiler.is_compiling():
+            return _update_eagerly(self, key_states, value_states)
+        return self._update(key_states, value_states)
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         batch, num_kv_heads, width, head_dim = key_states.shape
         call = self.state.call
         if call is None or call is self.call or (call.num_seqs, call.width) != (batch, width):
@@ -203,3 +208,7 @@ def _spread(tokens: Tensor, seq_lens: Tensor, stored: Tensor) -> Tensor:
     columns = tokens.new_zeros(*stored.shape, *tokens.shape[2:])
     columns[stored] = tokens[torch.arange(tokens.shape[1], device=stored.device) < seq_lens[:, None]]
     return columns
+
+
+# Dynamo would trace the bookkeeping and hold on to the tables of one step.
+_update_eagerly = torch.compiler.disable(PagedLayer._update)
