@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -210,5 +211,6 @@ def _spread(tokens: Tensor, seq_lens: Tensor, stored: Tensor) -> Tensor:
     return columns
 
 
+_Update = Callable[[PagedLayer, Tensor, Tensor], tuple[Tensor, Tensor]]
 # Dynamo would trace the bookkeeping and hold on to the tables of one step.
-_update_eagerly = torch.compiler.disable(PagedLayer._update)
+_update_eagerly: _Update = torch.compiler.disable(PagedLayer._update)  # type: ignore[no-untyped-call]
