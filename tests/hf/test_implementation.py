@@ -47,3 +47,13 @@ def test_a_model_can_be_built_from_the_config_of_a_patched_one(config: Any) -> N
         other.load_state_dict(model.base_model.state_dict())
         actual = other(**inputs).last_hidden_state
     assert torch.equal(actual, model.base_model(**inputs).last_hidden_state)
+
+
+@torch.no_grad()
+def test_an_export_reads_through_the_name() -> None:
+    """The interface compares and looks up the name of the implementation inside the graph."""
+    model, inputs = tiny("llama"), batch([9, 9])
+    expected = model(**inputs, use_cache=False).logits
+    with torch_paged.paged(model):
+        exported = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=True).module()
+    torch.testing.assert_close(exported(**inputs, use_cache=False).logits, expected)

@@ -16,7 +16,7 @@ from . import fetch, judge
 from .families import FAMILIES, config_of
 from .ledger import NOT_COLLECTED
 
-ALWAYS = ["llama", "gpt2", "mistral"]
+ALWAYS = ["llama", "gpt2", "mistral", "executorch"]
 BY_COMMIT = 3
 OBSTACLE = fetch.obstacle(transformers.__version__)
 
