@@ -50,9 +50,7 @@ KEEPS_STOCK = {
     "it keeps no keys and values and computes every token anew in each step": "openai-gpt xlm",
     "it keeps another state than keys and values": "falcon_mamba mamba mamba2 reformer rwkv",
     "its keys and values are in a cache of its own": "minimax xlnet",
-    "its cache layers choose keys by an index": (
-        "axk2 deepseek_v32 glm_moe_dsa hy_v4 qwen4_exp qwen4_exp_text"
-    ),
+    "its cache layers choose keys by an index": ("axk2 deepseek_v32 glm_moe_dsa hy_v4 qwen4_exp qwen4_exp_text"),
     "its cache layers hold more than keys and values": (
         "deepseek_v4 falcon_h1 inkling2_text inkling_text zamba zamba2 zaya"
     ),
