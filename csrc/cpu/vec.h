@@ -141,7 +141,14 @@ template <class T>
 PAGED_INLINE Chunk load_chunk(const T* from, int64_t count) {
   if (count >= kChunk) return load_chunk(from);
   T padded[kChunk] = {};
+#if defined(__AVX512BW__)
+  // Under a mask, because a vector that is loaded from what smaller stores wrote just before has to wait for them.
+  const uint64_t some = (1ull << count * sizeof(T) % 64) - 1, low = count * sizeof(T) < 64 ? some : ~0ull;
+  store_as(padded, _mm512_maskz_loadu_epi8(low, from));
+  if (count * sizeof(T) > 64) store_as(padded + 64 / sizeof(T), _mm512_maskz_loadu_epi8(some, from + 64 / sizeof(T)));
+#else
   std::memcpy(padded, from, count * sizeof(T));
+#endif
   return load_chunk(padded);
 }
 template <class T>
