@@ -202,6 +202,18 @@ def test_a_native_call_that_turns_out_to_need_a_mask_runs_again_gathered(caplog:
     assert calls["gather"] == 3 * (expected.shape[1] - 9)
 
 
+def test_a_hybrid_runs_again_from_its_first_call(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers of another state ran in it, too."""
+    model, inputs = tiny("jamba"), batch([9, 5])
+    model.model.layers[1].self_attn.is_causal = False
+    expected = generate(model, inputs)
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model), count_calls() as calls:
+        actual = generate(model, inputs)
+    assert_same_tokens(model, expected, actual, prompt=9)
+    assert calls["gather"] > 0
+    assert "JambaSdpaAttention" in caplog.text or "JambaAttention" in caplog.text
+
+
 def test_a_mask_that_lengths_do_not_tell_is_built(caplog: pytest.LogCaptureFixture) -> None:
     """Gemma 3 lets the tokens of an image see one another in both directions."""
     model, inputs = tiny_causal("gemma3"), batch([9, 9])

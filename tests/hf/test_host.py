@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 import torch_paged
+from torch_paged.hf.family import Family
 
 from .host_state import host_state
 from .models import SMALL, batch, generate, tiny, tiny_t5
@@ -261,3 +265,43 @@ def test_what_cannot_be_patched() -> None:
         torch_paged.patch(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="LlamaModel has no generate"):
         torch_paged.patch(tiny("llama").model)
+
+
+def test_a_patched_model_that_goes_leaves_a_shared_config_as_it_was() -> None:
+    config = tiny("llama").config
+    before = config._attn_implementation_internal
+    model = LlamaForCausalLM(config)
+    torch_paged.patch(model)
+    assert config._attn_implementation_internal is not before
+    del model
+    gc.collect()
+    assert config._attn_implementation_internal is before
+
+
+def test_two_threads_unpatch_one_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both get past the question whether it is patched, were it not for the lock."""
+    config = tiny("llama").config
+    first, second = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    handle, other = torch_paged.patch(first), torch_paged.patch(second)
+    both, errors = threading.Barrier(2), []
+
+    def wait(self: Family, model: nn.Module) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.3)
+
+    monkeypatch.setattr(Family, "uninstall", wait)
+
+    def unpatch() -> None:
+        try:
+            handle.unpatch()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=unpatch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert repr(other) == "PagedHandle(LlamaForCausalLM, native)" and other.patched
+    assert config._attn_implementation_internal.models == 1

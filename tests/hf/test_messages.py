@@ -112,10 +112,10 @@ def test_caches_of_ones_own_are_told_of_once_for_a_model(caplog: pytest.LogCaptu
     for _ in range(3):
         generate(model, inputs, past_key_values=torch_paged.PagedCache(model.config))
     (message,) = messages(caplog)
-    for part in ("PagedCache(LlamaConfig): the model that uses it is not patched", "gathered"):
+    for part in ("PagedCache(LlamaConfig): a cache is used past the call of a patched model", "gathered"):
         assert part in message
     cache = torch_paged.PagedCache(model.config, strict=True)
-    with pytest.raises(ValueError, match="not patched"):
+    with pytest.raises(ValueError, match="past the call of a patched model"):
         generate(model, inputs, past_key_values=cache)
     assert cache.stats().blocks_used == 0
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import torch_paged
+from torch_paged.hf.disguise import stock_class
 
 from .counting import count_calls
 from .host_state import host_state
@@ -161,3 +162,42 @@ def test_training_through_a_wrapper_is_stocks(how: str, process_group: None) -> 
         loss.backward()
         results.append([loss, *(parameter.grad for parameter in each.parameters())])
     assert all(torch.equal(want, got) for want, got in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+def test_prefix_tuning_brings_a_cache_of_its_own(kwargs: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model, inputs = get_peft_model(tiny("llama"), config).eval(), batch([12, 5])
+    expected = generate(model, inputs, **kwargs)
+    with torch_paged.paged(model) as handle:
+        assert torch.equal(generate(model, inputs, **kwargs), expected)
+        assert handle.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_replica_as_data_parallel_makes_it_is_stock(name: str) -> None:
+    model, inputs = tiny(name), batch([9])
+    expected = model(**inputs).logits
+    torch_paged.patch(model)
+    for module in model.modules():
+        assert type(module._replicate_for_data_parallel()) is stock_class(type(module))
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_class_that_someone_derives_from_the_patched_one_stays() -> None:
+    """As fully_shard does."""
+
+    class Sharded:
+        def shards(self) -> int:
+            return 2
+
+    model, inputs = tiny("llama"), batch([9, 4])
+    stock, expected = type(model), generate(model, inputs)
+    handle = torch_paged.patch(model)
+    model.__class__ = type("ShardedLlama", (Sharded, type(model)), {"own": 1})
+    assert torch.equal(generate(model, inputs), expected)
+    handle.unpatch()
+    assert type(model).__bases__ == (Sharded, stock)
+    assert (type(model).__name__, model.own, model.shards()) == ("ShardedLlama", 1, 2)
+    assert torch.equal(generate(model, inputs), expected)

@@ -41,10 +41,10 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         self._build(DynamicCache(config=config), Pools(PagedConfig(**knobs)), voice)
 
     @classmethod
-    def like(cls, stock: DynamicCache, pools: Pools) -> PagedCache:
-        """A paged cache with the layers of an empty `stock` cache, in `pools`."""
+    def like(cls, stock: DynamicCache, pools: Pools, voice: Voice | None = None) -> PagedCache:
+        """A paged cache with the layers of an empty `stock` cache, in `pools`; `voice` tells where it is gathered."""
         cache = cls.__new__(cls)
-        cache._build(stock, pools)
+        cache._build(stock, pools, voice)
         return cache
 
     @staticmethod
@@ -87,7 +87,8 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         Raises:
             RuntimeError: layers of another kind have run already and cannot be taken back.
         """
-        if not self.all_paged:
+        # A first call was taken back as a whole.
+        if not self.all_paged and self.state.num_seqs is not None:
             raise RuntimeError(
                 f"{reason}, after layers of another kind than keys and values have run, which cannot be taken back; "
                 "torch_paged.unpatch(model) runs this call"

@@ -9,7 +9,10 @@ def disguise(cls: type[Any], base: type[Any]) -> None:
     """Let `cls` show the name of `base`; copies and pickles of its instances, and new ones, are of class `base`."""
 
     def __new__(maker: type[Any], *args: Any, **kwargs: Any) -> Any:
-        return base(*args, **kwargs) if maker is cls else object.__new__(maker)
+        if maker is not cls:
+            return object.__new__(maker)
+        # torch makes the replicas of nn.DataParallel so, and fills in the attributes itself.
+        return base(*args, **kwargs) if args or kwargs else object.__new__(base)
 
     def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         reduce: Any = base.__reduce_ex__
@@ -21,6 +24,19 @@ def disguise(cls: type[Any], base: type[Any]) -> None:
     cls.__new__ = staticmethod(__new__)  # type: ignore[assignment]
     setattr(cls, "__reduce_ex__", __reduce_ex__)  # noqa: B010  mypy: a method's type
     cls._torch_paged_stock_class = base
+
+
+def undisguise(model: Any) -> None:
+    """Give `model` its stock class back, also under a class that someone derived from the disguised one meanwhile."""
+    cls: Any = type(model)
+    if stock_class(cls) is not cls:
+        model.__class__ = stock_class(cls)
+        return
+    bases = tuple(stock_class(base) for base in cls.__bases__)
+    if bases != cls.__bases__:
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        make: Any = type(cls)
+        model.__class__ = make(cls.__name__, bases, own)
 
 
 def stock_class(cls: type[Any]) -> type[Any]:

@@ -15,11 +15,15 @@ from transformers.cache_utils import EncoderDecoderCache
 from torch_paged.hf import implementation
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.config import PagedConfig
+from torch_paged.hf.disguise import undisguise
 from torch_paged.hf.family import family
 from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
 from torch_paged.hf.pools import Pools
 from torch_paged.hf.support import Path, Support, Voice, model_support
 from torch_paged.memory import PoolStats
+
+# Held around every change of what is patched.
+patching = threading.RLock()
 
 
 class PagedHandle:
@@ -32,8 +36,9 @@ class PagedHandle:
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
         self._support: dict[str, Support] = {}
-        self._stock_class: type[Any] | None = None
-        self._native_installed = False
+        # Whether the model is patched by this handle.
+        self.patched = False
+        self._uninstall: weakref.finalize[..., PreTrainedModel] | None = None
 
     def __repr__(self) -> str:
         model = self._model()
@@ -50,21 +55,17 @@ class PagedHandle:
         """Start the peaks of `stats` anew."""
         self._pools.reset_peak()
 
-    @property
-    def patched(self) -> bool:
-        """Whether the model is patched by this handle."""
-        return self._stock_class is not None
-
     def unpatch(self) -> None:
         """Make the model the stock model again; a second call does nothing."""
-        model = self._model()
-        if model is None or self._stock_class is None:
-            return
-        if self._native_installed:
-            implementation.uninstall(model)
-            family(model.config.model_type).uninstall(model)
-        model.__class__ = self._stock_class
-        self._stock_class = None
+        with patching:
+            model = self._model()
+            if model is None or not self.patched:
+                return
+            if self._uninstall is not None:
+                self._uninstall()
+                family(model.config.model_type).uninstall(model)
+            undisguise(model)
+            self.patched = False
 
     def install(self) -> None:
         """Patch the model.
@@ -77,12 +78,12 @@ class PagedHandle:
         support = self.support(model)
         if support.path is not Path.NATIVE and self.config.strict:
             self.say(support)
-        self._native_installed = support.path is Path.NATIVE
-        stock_class = type(model)
-        model.__class__ = paged_class(stock_class, self)
-        self._stock_class = stock_class
-        if self._native_installed:
-            implementation.install(model)
+        model.__class__ = paged_class(type(model), self)
+        self.patched = True
+        if support.path is Path.NATIVE:
+            # Also where the model goes without being unpatched: others may share its configs.
+            self._uninstall = weakref.finalize(model, implementation.uninstall, implementation.install(model))
+            self._uninstall.atexit = False
             family(model.config.model_type).install(model)
 
     @property
@@ -136,7 +137,8 @@ class PagedHandle:
             self.say(support)
         if support.path is Path.STOCK:
             return cache
-        paged = PagedCache.like(cache, self._pools)
+        # Calls of encoder-decoders reach their cache inside another one, so nobody announces them.
+        paged = PagedCache.like(cache, self._pools, None if model.config.is_encoder_decoder else self._voice)
         self._caches.add(paged)
         if _running.generation is not None:
             _running.generation.created.append(weakref.ref(paged))

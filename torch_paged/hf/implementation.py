@@ -49,19 +49,24 @@ class PagedImplementation(str):
         return self.previous
 
 
-def install(model: nn.Module) -> None:
-    """Put `PagedImplementation` into every config of `model`; a config shared with a patched model counts both."""
-    for config in _configs(model):
+def install(model: nn.Module) -> list[Any]:
+    """Put `PagedImplementation` into every config of `model`; a config shared with a patched model counts both.
+
+    Returns: those configs.
+    """
+    configs = list(_configs(model))
+    for config in configs:
         current = config._attn_implementation_internal
         if isinstance(current, PagedImplementation):
             current.models += 1
         else:
             config._attn_implementation_internal = PagedImplementation(current)
+    return configs
 
 
-def uninstall(model: nn.Module) -> None:
-    """Undo one `install`. An implementation that the user has set meanwhile stays."""
-    for config in _configs(model):
+def uninstall(configs: list[Any]) -> None:
+    """Undo the `install` that returned `configs`. An implementation that the user has set meanwhile stays."""
+    for config in configs:
         current = config._attn_implementation_internal
         if isinstance(current, PagedImplementation):
             current.models -= 1

@@ -44,10 +44,11 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
         def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
-            users = model_kwargs.get("past_key_values")
+            users, named = model_kwargs.get("past_key_values"), generation_config.cache_implementation
             result = base._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
             cache = model_kwargs.get("past_key_values")
-            wants_stock = generation_config.cache_implementation not in (None, "dynamic")
+            # "hybrid", which old checkpoints name, is stock's growing cache by now: paged as if it were not there.
+            wants_stock = named == "dynamic" or generation_config.cache_implementation not in (None, "dynamic")
             if users is None and not wants_stock and generation_config.use_cache is not False:
                 model_kwargs["past_key_values"] = handle.replace(self, cache)
             return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torch_paged.hf.config import PagedConfig
-from torch_paged.hf.handle import PagedHandle
+from torch_paged.hf.handle import PagedHandle, patching
 
-_lock = threading.RLock()
 _handles: weakref.WeakKeyDictionary[nn.Module, PagedHandle] = weakref.WeakKeyDictionary()
 
 
@@ -39,7 +37,7 @@ def patch(model: nn.Module, **knobs: Any) -> PagedHandle:
     """
     config = PagedConfig(**knobs)
     inner = unwrap(model)
-    with _lock:
+    with patching:
         handle = _handles.get(inner)
         if handle is not None and handle.patched:
             handle.reconfigure(config)
@@ -58,7 +56,7 @@ def unpatch(model: nn.Module) -> None:
         ValueError: `model` cannot generate.
     """
     inner = unwrap(model)
-    with _lock:
+    with patching:
         handle = _handles.pop(inner, None)
         if handle is not None:
             handle.unpatch()
@@ -78,14 +76,14 @@ def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
         TypeError, ValueError, RuntimeError: as `patch`, before the block runs.
     """
     inner = unwrap(model)
-    with _lock:
+    with patching:
         outer = _handles.get(inner)
         settings = outer.settings if outer is not None and outer.patched else None
         handle = patch(inner, **knobs)
     try:
         yield handle
     finally:
-        with _lock:
+        with patching:
             if settings is None:
                 unpatch(inner)
             else:

@@ -40,9 +40,11 @@ def prefill_once(
         return stock_prefill(input_ids, generation_config, model_kwargs, **kw)
     unique = {name: value[::expand] if _per_row(value, rows) else value for name, value in model_kwargs.items()}
     outputs = stock_prefill(input_ids[::expand], generation_config, unique, **kw)
-    cache.batch_repeat_interleave(expand)
+    # A model may bring a cache of its own to the call, as PEFT's prefix tuning does.
+    filled = outputs.get("past_key_values")
+    filled.batch_repeat_interleave(expand)
     for name, value in outputs.items():
-        if value is not cache:
+        if value is not filled:
             outputs[name] = tree_map(functools.partial(_repeat_rows, rows=rows // expand, expand=expand), value)
     return outputs
 

@@ -43,9 +43,9 @@ class CacheState:
             raise ValueError(f"batch size: {num_seqs}; must be {self.num_seqs}, the rows this PagedCache holds")
 
     def say_unannounced(self) -> None:
-        """Tell the user of a cache of his own that the model using it is not patched; raise ValueError if strict."""
+        """Tell of a forward pass that no patched model announced; raise ValueError if strict."""
         if self.voice is not None:
-            reason = "the model that uses it is not patched, as torch_paged.patch(model) does"
+            reason = "a cache is used past the call of a patched model: torch_paged.patch(model), then model(...)"
             self.voice.say(Support(Path.GATHER, reason), strict=self.pools.config.strict)
 
     def group(self, key: GroupKey) -> LayerGroup:
