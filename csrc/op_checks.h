@@ -44,6 +44,49 @@ inline void check_reshape_and_cache(const Tensor& key, const Tensor& value, cons
   check_scales(key_scale, value_scale, keys);
 }
 
+// As many as attention's head_dim.
+constexpr int64_t kMaxRotaryDim = 512;
+
+// Rows `[tokens, rotary_dim]` that turn what goes into `cache`.
+inline void check_angles(const Arg& cos, const Arg& sin, const Arg& cache, const Arg& slot_mapping) {
+  check_dim(cos, 2, "[tokens, rotary_dim]");
+  const ScalarType dtype = cache.tensor.scalar_type();
+  if (dtype == ScalarType::Float) {
+    check_dtype(cos, {dtype});
+  } else {
+    check_dtype(cos, {dtype, ScalarType::Float});
+  }
+  check_same_device(cos, cache);
+  check_size(cos, 0, slot_mapping.size(0), "tokens of slot_mapping");
+  const int64_t rotary_dim = cos.size(1), head_dim = cache.size(3);
+  if (rotary_dim < 2 || rotary_dim > head_dim || rotary_dim % 2)
+    reject(cos, text("rotary_dim ", rotary_dim), text("even and from 2 to ", head_dim, " (head_dim of the cache)"));
+  if (rotary_dim > kMaxRotaryDim) reject(cos, text("rotary_dim ", rotary_dim), text("at most ", kMaxRotaryDim));
+  check_last_dim_contiguous(cos);
+  check_dim(sin, 2, "[tokens, rotary_dim]");
+  check_same_dtype(sin, cos);
+  check_same_device(sin, cos);
+  check_size(sin, 0, cos.size(0), "tokens of cos");
+  check_size(sin, 1, rotary_dim, "rotary_dim of cos");
+  check_last_dim_contiguous(sin);
+}
+
+inline void check_rope_and_cache(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
+                                 const Tensor& sin, const Tensor& key_cache, const Tensor& value_cache,
+                                 const Tensor& slot_mapping, const std::optional<Tensor>& key_scale,
+                                 const std::optional<Tensor>& value_scale) {
+  const Arg queries{query, "query"}, keys{key_cache, "key_cache"}, slots{slot_mapping, "slot_mapping"};
+  check_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale);
+  check_floating(keys);
+  check_dim(queries, 3, "[tokens, num_heads, head_dim]");
+  check_same_dtype(queries, keys);
+  check_same_device(queries, keys);
+  check_size(queries, 0, slots.size(0), "tokens of slot_mapping");
+  check_size(queries, 2, keys.size(3), "head_dim of the cache");
+  check_last_dim_contiguous(queries);
+  check_angles({cos, "cos"}, {sin, "sin"}, keys, slots);
+}
+
 inline void check_gather_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                                const Tensor& seq_lens, int64_t max_seq_len, const std::optional<Tensor>& key_scale,
                                const std::optional<Tensor>& value_scale) {

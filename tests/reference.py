@@ -110,6 +110,38 @@ def divided(rows: Tensor, scale: Tensor) -> Tensor:
     return (rows.to(compute) / scale.to(compute)[:, None]).to(rows.dtype)
 
 
+def rope_and_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return the rotated query in `dtype`, and write the caches in place, each step computed in `dtype`."""
+    angles = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    turned_key = rotated(key.to(dtype), *angles, interleaved)
+    reshape_and_cache(turned_key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
+    return rotated(query.to(dtype), *angles, interleaved)
+
+
+def rotated(rows: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Return `[.., head_dim]` with the pairs of its first rotary_dim elements turned; `[.., rotary_dim]` angles."""
+    half = cos.shape[-1] // 2
+    x, y = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
+    turned = rows.clone()
+    turned[..., x] = rows[..., x] * cos[..., x] - rows[..., y] * sin[..., x]
+    turned[..., y] = rows[..., y] * cos[..., y] + rows[..., x] * sin[..., y]
+    return turned
+
+
 def copy_blocks(key_caches: list[Tensor], value_caches: list[Tensor], block_mapping: Tensor) -> None:
     """Copy blocks in place, one pair after the other."""
     for cache in (*key_caches, *value_caches):

@@ -17,6 +17,7 @@
   PAGED_DECLARE_ATTENTION(bfloat16) \
   PAGED_DECLARE_ATTENTION(float16)  \
   cpu::StoreTokens store_tokens;    \
+  cpu::RotateTokens rotate_tokens;  \
   cpu::LoadBlocks load_blocks;      \
   cpu::CopyBlock copy_block;        \
   cpu::MergeStates merge_states;    \
@@ -25,7 +26,7 @@
 #define PAGED_KERNELS(isa, machine_has_it)                                                                            \
   CpuKernels {                                                                                                        \
     #isa, machine_has_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16, isa::store_tokens, \
-        isa::load_blocks, isa::copy_block, isa::merge_states                                                          \
+        isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::merge_states                                      \
   }
 
 PAGED_INSTRUCTION_SET(baseline)

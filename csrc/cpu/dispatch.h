@@ -8,6 +8,7 @@
 #include "gather_cache.h"
 #include "merge_attention_states.h"
 #include "reshape_and_cache.h"
+#include "rope_and_cache.h"
 
 namespace paged {
 
@@ -16,6 +17,7 @@ struct CpuKernels {
   bool (*machine_has_it)();
   AttentionKernels attention_float32, attention_bfloat16, attention_float16;
   cpu::StoreTokens* store_tokens;
+  cpu::RotateTokens* rotate_tokens;
   cpu::LoadBlocks* load_blocks;
   cpu::CopyBlock* copy_block;
   cpu::MergeStates* merge_states;

@@ -12,6 +12,7 @@
 #include "id_set.h"
 #include "merge_attention_states.h"
 #include "reshape_and_cache.h"
+#include "rope_and_cache.h"
 
 namespace paged {
 namespace {
@@ -75,18 +76,21 @@ void check_slots(const int64_t* slots, int64_t num_tokens, int64_t num_slots) {
       reject("slot_mapping", text("value ", slots[t], " at [", t, "] and before"), "no slot twice");
 }
 
-void store(const Tensor& rows, Tensor& cache, const std::optional<Tensor>& scale, const int64_t* slots,
-           const char* name) {
-  cpu::reshape_and_cache({{static_cast<const char*>(rows.const_data_ptr()), rows.stride(0), rows.stride(1)},
-                          cache_view(static_cast<char*>(cache.mutable_data_ptr()), cache),
-                          scale_of(scale),
-                          scale ? number_of(cache) : bytes_of(cache, name),
-                          int64_t(cache.element_size()),
-                          rows.size(0),
-                          cache.size(2),
-                          cache.size(3),
-                          cache.size(1)},
-                         slots);
+cpu::NewRows new_rows(const Tensor& rows) {
+  return {static_cast<const char*>(rows.const_data_ptr()), rows.stride(0), rows.stride(1)};
+}
+
+cpu::CacheWrite cache_write(const Tensor& rows, Tensor& cache, const std::optional<Tensor>& scale,
+                            cpu::Element element) {
+  return {new_rows(rows),
+          cache_view(static_cast<char*>(cache.mutable_data_ptr()), cache),
+          scale_of(scale),
+          element,
+          int64_t(cache.element_size()),
+          rows.size(0),
+          cache.size(2),
+          cache.size(3),
+          cache.size(1)};
 }
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, Tensor& key_cache, Tensor& value_cache,
@@ -97,8 +101,33 @@ void reshape_and_cache(const Tensor& key, const Tensor& value, Tensor& key_cache
   check_slots(slots, slot_mapping.size(0), key_cache.size(0) * key_cache.size(1));
   check_divisors("key_scale", key_scale);
   check_divisors("value_scale", value_scale);
-  store(key, key_cache, key_scale, slots, "key_cache");
-  store(value, value_cache, value_scale, slots, "value_cache");
+  const auto store = [&](const Tensor& rows, Tensor& cache, const std::optional<Tensor>& scale, const char* name) {
+    const cpu::Element element = scale ? number_of(cache) : bytes_of(cache, name);
+    cpu::reshape_and_cache(cache_write(rows, cache, scale, element), slots);
+  };
+  store(key, key_cache, key_scale, "key_cache");
+  store(value, value_cache, value_scale, "value_cache");
+}
+
+Tensor rope_and_cache(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos, const Tensor& sin,
+                      Tensor& key_cache, Tensor& value_cache, const Tensor& slot_mapping, bool interleaved,
+                      const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
+  check_rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slot_mapping, key_scale, value_scale);
+  static_assert(kMaxRotaryDim <= cpu::kMaxRotaryDim);
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  check_slots(slots, slot_mapping.size(0), key_cache.size(0) * key_cache.size(1));
+  check_divisors("key_scale", key_scale);
+  check_divisors("value_scale", value_scale);
+  Tensor rotated = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
+  cpu::rope_and_cache({new_rows(query),
+                       static_cast<char*>(rotated.mutable_data_ptr()),
+                       query.size(1),
+                       {static_cast<const char*>(cos.const_data_ptr()), static_cast<const char*>(sin.const_data_ptr()),
+                        cos.stride(0), sin.stride(0), number_of(cos), cos.size(1), interleaved},
+                       cache_write(key, key_cache, key_scale, number_of(key_cache)),
+                       cache_write(value, value_cache, value_scale, number_of(value_cache))},
+                      slots);
+  return rotated;
 }
 
 Tensor gather(const Tensor& cache, const std::optional<Tensor>& scale, const cpu::SequenceTable& table,
@@ -226,6 +255,7 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(paged, CPU, m) {
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
+  m.impl("rope_and_cache", TORCH_BOX(&rope_and_cache));
   m.impl("gather_cache", TORCH_BOX(&gather_cache));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
   m.impl("swap_blocks", TORCH_BOX(&swap_blocks));

@@ -19,6 +19,7 @@ TENSOR_OPS = [
     "gather_cache",
     "merge_attention_states",
     "reshape_and_cache",
+    "rope_and_cache",
     "swap_blocks",
 ]
 

@@ -9,6 +9,7 @@ from torch_paged.ops.cpu_instruction_set import cpu_instruction_set, cpu_instruc
 from torch_paged.ops.gather_cache import gather_cache
 from torch_paged.ops.merge_attention_states import merge_attention_states
 from torch_paged.ops.reshape_and_cache import reshape_and_cache
+from torch_paged.ops.rope_and_cache import rope_and_cache
 from torch_paged.ops.swap_blocks import swap_blocks
 
 load_kernels()
@@ -24,5 +25,6 @@ __all__ = [
     "gather_cache",
     "merge_attention_states",
     "reshape_and_cache",
+    "rope_and_cache",
     "swap_blocks",
 ]
