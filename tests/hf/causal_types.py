@@ -65,6 +65,7 @@ MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"], dict(layer_types=_HYBRID)),
     **dict.fromkeys(["qwen3_5", "qwen3_5_moe"], dict(text_config=dict(layer_types=_HYBRID))),
     "bailing_hybrid": _LATENT | dict(layer_types=_HYBRID, mlp_layer_types=["dense", "sparse", "sparse"]),
+    "blt": dict(encoder_hash_byte_group_vocab=64),
     "bamba": dict(attn_layer_indices=[1]),
     "cohere_compass_text": dict(
         rope_parameters={"full_attention": _ROPE, "sliding_attention": _ROPE},

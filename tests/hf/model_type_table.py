@@ -29,7 +29,8 @@ HEAD = """# Model types
 How `model.generate` runs on a patched model, for every causal type of transformers {version}: {counts}.
 Written by `python -m tests.hf.model_type_table` from small random models in float32, each run stock and patched over
 a left-padded batch that is longer than its windows: the same tokens, and logits that agree. A test holds every row
-against what the models do.
+against what the models do. Encoder-decoder types stand here with their decoder alone, as `AutoModelForCausalLM` makes
+it; the full models (BART, Whisper ...) gather.
 
 - **native**: attention reads the blocks in place.
 - **gathered**: KV is stored in blocks and gathered for the model's own attention in every layer and step; a warning
@@ -66,7 +67,9 @@ def outcome(model_type: str) -> Outcome:
         model = tiny_causal(model_type)
         expected = model.generate(**arguments)
     except Exception as error:
-        return Outcome("not tried", " ".join(f"{type(error).__name__}: {error}".split())[:160].replace("|", "/"))
+        # The last line of a validation error names the problem, the first sentence of any other one does.
+        text = str(error).strip().splitlines()[-1].partition(". ")[0].strip()
+        return Outcome("not tried", f"{type(error).__name__}: {text}".replace("|", "/"))
     with _Warnings() as said, torch_paged.paged(model, block_size=4, max_memory="64MiB"), count_calls() as calls:
         actual = model.generate(**arguments)
     _assert_same(expected, actual, prompt.shape[1])
