@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 
@@ -138,3 +139,16 @@ def test_a_call_that_fails_is_taken_back(name: str) -> None:
 
 def _longer(mask: torch.Tensor) -> torch.Tensor:
     return torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+
+
+def test_a_shallow_copy_is_another_face_of_the_same_rows() -> None:
+    config = tiny("llama").config
+    stock, paged = DynamicCache(config=config), torch_paged.PagedCache(config, block_size=4)
+    _update([stock, paged], rows=2, width=7, seed=0)
+    twins = [copy.copy(stock), copy.copy(paged)]
+    held = paged.stats().blocks_used
+    _update(twins, rows=2, width=1, seed=1)
+    _same(stock, paged)
+    assert paged.get_seq_length() == 8 and paged.stats().blocks_used == held
+    del paged, stock
+    _same(*twins)

@@ -155,6 +155,12 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
                 twin.layers.append(copy.deepcopy(layer, memo))
         return twin
 
+    def __copy__(self) -> PagedCache:
+        """Another face of the same rows, as a shallow copy of stock's cache is."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __reduce__(self) -> Any:
         raise TypeError("a PagedCache cannot be pickled: its blocks live in a pool of this process")
 
