@@ -113,16 +113,23 @@ PAGED_INLINE void each_head(const cpu::RopeWrite& write, int64_t token, int64_t 
               factor_of(key.scale, head)});
 }
 
+// Calls `f(d, count)` for the elements [d, d + count) of each chunk of a row; only the last may be less than kChunk.
+template <class F>
+PAGED_INLINE void each_chunk(int64_t size, const F& f) {
+  int64_t d = 0;
+  for (; d + kChunk <= size; d += kChunk) f(d, int64_t(kChunk));
+  if (d < size) f(d, size - d);
+}
+
 template <class T, class Angle, class EachHead>
 void rotate_halves(const Angle* cos, const Angle* sin, int64_t half, const EachHead& each) {
   const Turn<T> lower(cos, sin, half, negative), upper(cos + half, sin + half, half, [](Chunk c) { return c; });
   each([&](const Head<T>& head) PAGED_INLINED {
-    for (int64_t d = 0; d < half; d += kChunk) {
-      const int64_t left = half - d;
-      const Chunk x = load_chunk(head.from + d, left), y = load_chunk(head.from + half + d, left);
-      head.put(d, lower(x, y, d), left);
-      head.put(half + d, upper(y, x, d), left);
-    }
+    each_chunk(half, [&](int64_t d, int64_t count) PAGED_INLINED {
+      const Chunk x = load_chunk(head.from + d, count), y = load_chunk(head.from + half + d, count);
+      head.put(d, lower(x, y, d), count);
+      head.put(half + d, upper(y, x, d), count);
+    });
   });
 }
 
@@ -130,10 +137,10 @@ template <class T, class Angle, class EachHead>
 void rotate_neighbours(const Angle* cos, const Angle* sin, int64_t rotary_dim, const EachHead& each) {
   const Turn<T> turn(cos, sin, rotary_dim, alternating<T>);
   each([&](const Head<T>& head) PAGED_INLINED {
-    for (int64_t d = 0; d < rotary_dim; d += kChunk) {
-      const Chunk x = load_chunk(head.from + d, rotary_dim - d);
-      head.put(d, turn(x, partners<T>(x), d), rotary_dim - d);
-    }
+    each_chunk(rotary_dim, [&](int64_t d, int64_t count) PAGED_INLINED {
+      const Chunk x = load_chunk(head.from + d, count);
+      head.put(d, turn(x, partners<T>(x), d), count);
+    });
   });
 }
 
