@@ -21,7 +21,7 @@ DEMO_ERRORS = [
     ("--prompt=", "--prompt '': has no tokens"),
 ]
 BENCH_ERRORS = [
-    ("", "the following arguments are required: {ops,bookkeeping}"),
+    ("", "the following arguments are required: {ops,bookkeeping,memory}"),
     ("ops --case 1,2,3", "'1,2,3'; must be sequences,heads,kv_heads,head_dim,context[,query_len]"),
     ("ops --case 1,2,2,64,x", "'1,2,2,64,x'; must be"),
     ("ops --case 1,2,0,64,8", "'1,2,0,64,8'; must be"),
@@ -30,7 +30,15 @@ BENCH_ERRORS = [
     ("ops --case 1,2,2,12,8", "head_dim"),
     ("ops --only decode --case 1,2,2,64,8", "not allowed with argument"),
     ("ops --block-size 3", "argument --block-size: invalid choice: 3"),
-    ("bookkeeping --steps 0", "argument --steps: 0; must be"),
+    ("bookkeeping --rounds 0", "argument --rounds: 0; must be"),
+    ("bookkeeping --json /no/such/folder/b.json", "--json /no/such/folder/b.json: no folder /no/such/folder"),
+    ("bookkeeping --json /", "--json /: a folder; must be a file"),
+    ("memory --max-len 1", "argument --max-len: 1; must be an integer of at least 2"),
+    ("memory --memory 0.5", 'argument --memory: 0.5; must be bytes, such as "32GiB"'),
+    ("memory --memory lots", "argument --memory: lots; must be bytes"),
+    ("memory --concentration 0", "argument --concentration: 0; must be a number greater than 0"),
+    ("memory --concentration nan", "argument --concentration: nan; must be"),
+    ("memory --mix lmsys", "argument --mix: invalid choice: 'lmsys'"),
 ]
 ERRORS = [
     *(("demo", *case) for case in DEMO_ERRORS),

@@ -38,12 +38,13 @@ def test_ops_table(run):
 
 
 def test_bookkeeping(run):
-    options = ("--batch", "3", "--layers", "2", "--context", "40", "--steps", "40", "--block-size", "4")
+    options = ("--batch", "3", "--layers", "2", "--context", "40", "--rounds", "40", "--block-size", "4")
     status, out, _ = run("bench", "bookkeeping", *options, "--json")
     report = json.loads(out)
     assert status == 0
     assert 0 < report["step"]["min_s"] <= report["step"]["median_s"] <= report["step"]["max_s"]
-    assert (report["batch"], report["layers"], report["steps"]) == (3, 2, 40)
+    assert (report["batch"], report["layers"], report["rounds"]) == (3, 2, 40)
+    assert report["median_s_per_layer"] == report["step"]["median_s"] / 2
     status, out, _ = run("bench", "bookkeeping", *options)
     assert status == 0 and "batch 3, layers 2, context 40" in out
 

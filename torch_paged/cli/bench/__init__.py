@@ -1,13 +1,14 @@
-"""Times the ops against PyTorch's own, and the bookkeeping of a decode step."""
+"""Times the ops and generate against PyTorch's and transformers' own, and counts what blocks save."""
 
 import argparse
+from importlib import import_module
 
-from torch_paged.cli.bench import bookkeeping, ops
+SUBJECTS = ("ops", "bookkeeping", "memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subjects = parser.add_subparsers(dest="subject", required=True, metavar="{ops,bookkeeping}")
-    for module in (ops, bookkeeping):
-        name = module.__name__.rpartition(".")[2]
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar=f"{{{','.join(SUBJECTS)}}}")
+    for name in SUBJECTS:
+        module = import_module(f"{__name__}.{name}")
         summary = module.__doc__ or ""
         module.add_arguments(subjects.add_parser(name, help=summary, description=summary))

@@ -1,21 +1,20 @@
 """Times what a decode step costs besides the model: tables, slots and blocks, once a forward for all layers."""
 
 import argparse
-import json
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 from rich.table import Table
-from transformers import LlamaConfig
 
 from torch_paged.cli.arguments import at_least
+from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
+from torch_paged.cli.bench.output import Output, write
+from torch_paged.cli.bench.plot import Panel
 from torch_paged.cli.bench.timing import Timing, alternate
-from torch_paged.cli.env import collect
-from torch_paged.cli.report import print_environment, wide_console
-from torch_paged.hf import PagedCache
-from torch_paged.hf.announce import make_call
-from torch_paged.hf.support import Support
+
+if TYPE_CHECKING:
+    from torch_paged.hf.support import Support
 
 HEAD_DIM = 8  # The bookkeeping moves no keys or values, so small ones keep the pool small.
 
@@ -26,26 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=at_least(1), default=1024, help="longest sequence before the first step, tokens"
     )
-    parser.add_argument("--block-size", type=int, choices=[2**i for i in range(9)], default=16)
-    parser.add_argument("--steps", type=at_least(1), default=1000)
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=16)
+    add_common(parser, rounds=1000, rounds_help="timed decode steps")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    timing = measure(args.batch, args.layers, args.context, args.block_size, args.steps, args.seed)
-    settings = {name: getattr(args, name) for name in ("batch", "layers", "context", "block_size", "steps", "seed")}
-    if args.json:
-        print(json.dumps({"environment": collect(), **settings, "step": timing.as_json()}, indent=2))
-        return 0
-    console = wide_console()
+    prepare(args)
+    timing = measure(args.batch, args.layers, args.context, args.block_size, args.rounds, args.seed)
+    settings = {name: getattr(args, name) for name in ("batch", "layers", "context", "block_size")}
     table = Table(title="Bookkeeping of one decode step, microseconds")
-    for header in ("median", "fastest", "slowest"):
+    for header in ("median", "fastest", "slowest", "median\nper layer"):
         table.add_column(header, justify="right")
-    table.add_row(*(f"{1e6 * seconds:.0f}" for seconds in (timing.median, timing.fastest, timing.slowest)))
-    console.print(table)
-    print_environment(console, settings)
+    micros = [1e6 * seconds for seconds in (timing.median, timing.fastest, timing.slowest)]
+    per_layer = timing.median / args.layers
+    table.add_row(*(f"{value:.0f}" for value in micros), f"{1e6 * per_layer:.1f}")
+    bars: dict[str, list[float | None]] = {"a step": [*micros]}
+    panel = Panel("Bookkeeping of one decode step", "µs", ["median", "fastest", "slowest"], bars)
+    figures = {"step": timing.as_json(), "median_s_per_layer": per_layer}
+    write(Output("bookkeeping", settings, figures, [table], [], [panel]), args)
     return 0
 
 
@@ -64,6 +62,11 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int, 
         Seconds of one step: what the attention mask says, room for the tokens, slots, table and lengths, and each
         layer's look at them. The mask is left-padded as generate makes it, so that no padding is stored.
     """
+    from transformers import LlamaConfig
+
+    from torch_paged.hf import PagedCache
+    from torch_paged.hf.announce import make_call
+
     config = LlamaConfig(
         hidden_size=HEAD_DIM,
         num_attention_heads=1,
@@ -90,5 +93,5 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int, 
     return alternate({"step": lambda number: step(context + number + 2, 1)}, rounds=steps)["step"]
 
 
-def refuse(support: Support) -> NoReturn:
+def refuse(support: "Support") -> NoReturn:
     raise AssertionError(support.reason)
