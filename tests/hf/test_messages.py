@@ -17,7 +17,8 @@ import torch
 
 import torch_paged
 from torch_paged.hf import support
-from torch_paged.hf.support import Support, Voice
+from torch_paged.hf.support import Support
+from torch_paged.hf.voice import Voice, _voices
 
 from .counting import messages
 from .models import FAMILIES, NATIVE, batch, generate, tiny, tiny_t5
@@ -101,10 +102,10 @@ def test_every_model_is_told_of_by_itself(caplog: pytest.LogCaptureFixture) -> N
     assert len(messages(caplog)) == 2
     # What was told goes with the model: the next one at its place in memory is told of.
     place = id(first)
-    assert place in support._voices
+    assert place in _voices
     del first, model
     gc.collect()
-    assert place not in support._voices
+    assert place not in _voices
 
 
 def test_caches_of_ones_own_are_told_of_once_for_a_model(caplog: pytest.LogCaptureFixture) -> None:
@@ -244,7 +245,8 @@ def test_an_application_that_configures_no_logging_sees_no_line() -> None:
     code = (
         "import logging, torch_paged\n"
         "assert [type(handler) for handler in logging.getLogger('torch_paged').handlers] == [logging.NullHandler]\n"
-        "from torch_paged.hf.support import Path, Support, Voice\n"
+        "from torch_paged.hf.support import Path, Support\n"
+        "from torch_paged.hf.voice import Voice\n"
         "Voice('Model').say(Support(Path.GATHER, 'why'), strict=False)\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s')\n"
         "Voice('Model').say(Support(Path.STOCK, 'why'), strict=False)\n"

@@ -16,7 +16,7 @@ from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.layer import PagedLayer
 from torch_paged.hf.pools import Pools
 from torch_paged.hf.state import CacheState
-from torch_paged.hf.support import Voice
+from torch_paged.hf.voice import Voice
 from torch_paged.memory import PoolStats
 
 

@@ -19,7 +19,8 @@ from torch_paged.hf.disguise import undisguise
 from torch_paged.hf.family import family
 from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
 from torch_paged.hf.pools import Pools
-from torch_paged.hf.support import Path, Support, Voice, model_support
+from torch_paged.hf.support import Path, Support, model_support
+from torch_paged.hf.voice import Voice
 from torch_paged.memory import PoolStats
 
 # Held around every change of what is patched.

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch_paged.hf.call import Call, Columns
 from torch_paged.hf.group import LayerGroup
 from torch_paged.hf.pools import GroupKey, Pools
-from torch_paged.hf.support import Path, Support, Voice
+from torch_paged.hf.support import Path, Support
+from torch_paged.hf.voice import Voice
 
 
 class CacheState:

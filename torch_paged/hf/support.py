@@ -1,10 +1,7 @@
-"""Which models run natively, which gather, which keep stock's cache, and how that is said."""
+"""Which models run natively, which gather, which keep stock's cache, and why."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import weakref
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -14,8 +11,6 @@ from transformers import PreTrainedModel
 
 from torch_paged.hf.family import family
 from torch_paged.hf.implementation import PagedImplementation
-
-logger = logging.getLogger("torch_paged")
 
 # What torch.ops.paged.attention takes.
 HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 512
@@ -80,39 +75,6 @@ def _head_dims(config: Any) -> list[int]:
         return [config.hidden_size // config.num_attention_heads]
     except AttributeError:
         return []
-
-
-class Voice:
-    """Says each reason once for one owner: a warning, or with `strict` an error."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._said: set[str] = set()
-
-    @classmethod
-    def of(cls, owner: object, name: str) -> Voice:
-        """The voice of a model or config, one for all its patches, caches and threads as long as it lives."""
-        with _lock:
-            voice = _voices.get(id(owner))
-            if voice is None:
-                voice = _voices[id(owner)] = cls(name)
-                weakref.finalize(owner, _voices.pop, id(owner), None).atexit = False
-            return voice
-
-    def say(self, support: Support, strict: bool) -> None:
-        """Raises: ValueError if `strict`, naming class, reason and what strict=False would do."""
-        text = f"{self.name}: {support.reason}; {support.path.value}"
-        if strict:
-            raise ValueError(f"{text} (strict=False runs it so)")
-        with _lock:
-            new = support.reason not in self._said
-            self._said.add(support.reason)
-        if new:
-            logger.warning(text)
-
-
-_lock = threading.Lock()
-_voices: dict[int, Voice] = {}
 
 
 def training_reason(model: PreTrainedModel) -> str | None:
