@@ -43,8 +43,8 @@ def test_generate(name: str, how: str, when: str) -> None:
         handle = torch_paged.patch(compiled)
     assert torch_paged.patch(compiled) is handle
     with count_calls() as calls:
-        assert_same_tokens(stock, expected[0], generate(compiled, INPUTS), prompt=20)
-        assert_same_tokens(stock, expected[1], generate(compiled, INPUTS, num_beams=3), prompt=20)
+        assert_same_tokens(stock, expected[0], generate(compiled, INPUTS), prompt=INPUTS)
+        assert_same_tokens(stock, expected[1], generate(compiled, INPUTS, num_beams=3), prompt=INPUTS)
     assert calls["paged.attention" if name in NATIVE else "gather"] > 0
     # Graphs and guards keep no cache alive.
     assert handle.stats().blocks_used == 0

@@ -255,7 +255,7 @@ def check(
         if model.config.is_encoder_decoder:
             assert torch.equal(actual, expected)
         else:
-            assert_same_tokens(model, expected, actual, prompt=inputs["input_ids"].shape[1])
+            assert_same_tokens(model, expected, actual, prompt=inputs)
     for each in models:
         torch_paged.unpatch(each)
     assert [host_state(each) for each in models] == before

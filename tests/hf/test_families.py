@@ -101,7 +101,7 @@ def test_a_family_reads_blocks_and_gives_stocks_tokens(name: str, mode: str, cap
     assert expected[:, inputs["input_ids"].shape[1] :].unique().numel() > len(PROMPTS), (
         "tokens that would not tell a difference"
     )
-    assert_same_tokens(model, expected, actual, prompt=inputs["input_ids"].shape[1])
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["paged.attention"] == calls["paged.reshape_and_cache"] > 0 == calls["gather"]
     assert not messages(caplog)
 
@@ -112,7 +112,7 @@ def test_a_variant_of_a_family(name: str) -> None:
     expected = generate(model, inputs)
     with torch_paged.paged(model, block_size=4, strict=True), count_calls() as calls:
         actual = generate(model, inputs)
-    assert_same_tokens(model, expected, actual, prompt=inputs["input_ids"].shape[1])
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["paged.attention"] > 0 == calls["gather"]
 
 
@@ -139,7 +139,7 @@ def test_distances_in_columns_gather_where_the_mask_has_holes(
     expected = generate(model, inputs)
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model), count_calls() as calls:
         actual = generate(model, inputs)
-    assert_same_tokens(model, expected, actual, prompt=16)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["gather"] > 0
     (message,) = messages(caplog)
     assert reason in message
@@ -152,7 +152,7 @@ def test_positions_in_tokens_take_holes_natively(name: str) -> None:
     expected = generate(model, inputs)
     with torch_paged.paged(model, strict=True), count_calls() as calls:
         actual = generate(model, inputs)
-    assert_same_tokens(model, expected, actual, prompt=16)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["gather"] == 0
 
 
@@ -163,7 +163,7 @@ def test_falcons_rounded_alibi_gathers_once_it_rounds(caplog: pytest.LogCaptureF
     expected = generate(model, inputs, max_new_tokens=20, eos_token_id=None)
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model), count_calls() as calls:
         actual = generate(model, inputs, max_new_tokens=20, eos_token_id=None)
-    assert_same_tokens(model, expected, actual, prompt=250)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     # 250 prompt tokens and six more read blocks in each of three layers, the rest gathers.
     assert (calls["paged.attention"], calls["gather"]) == (3 * 7, 3 * 13)
     (message,) = messages(caplog)
@@ -174,7 +174,7 @@ def test_a_config_that_a_family_cannot_run_natively_says_why(caplog: pytest.LogC
     model, inputs = make("bloom", pretraining_tp=2, slow_but_exact=True), batch([9, 4])
     expected = generate(model, inputs)
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model):
-        assert_same_tokens(model, expected, generate(model, inputs), prompt=9)
+        assert_same_tokens(model, expected, generate(model, inputs), prompt=inputs)
     (message,) = messages(caplog)
     assert message.startswith("BloomForCausalLM: slow_but_exact")
 
@@ -189,7 +189,7 @@ def test_a_type_nobody_has_tried_gathers(caplog: pytest.LogCaptureFixture) -> No
     model, inputs = sharpen(LlamaForCausalLM(OwnConfig(**SMALL)).eval()), batch([9, 4])
     expected = generate(model, inputs)
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model), count_calls() as calls:
-        assert_same_tokens(model, expected, generate(model, inputs), prompt=9)
+        assert_same_tokens(model, expected, generate(model, inputs), prompt=inputs)
     assert calls["gather"] > 0 == calls["paged.attention"]
     assert "model type 'my-own-llama' is not among the native ones" in caplog.text
 

@@ -35,7 +35,7 @@ def test_native_families_give_stocks_tokens(name: str, mode: str) -> None:
     with torch_paged.paged(model, block_size=4) as handle, count_calls() as calls:
         actual = generate(model, inputs, **MODES[mode])
         assert handle.stats().blocks_used == 0
-    assert_same_tokens(model, expected, actual, prompt=40)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["paged.attention"] == calls["paged.reshape_and_cache"] > 0
     assert calls["gather"] == 0
 
@@ -47,7 +47,7 @@ def test_block_sizes_and_prompts(prompts: str, block_size: int) -> None:
     expected = generate(model, inputs)
     with torch_paged.paged(model, block_size=block_size):
         actual = generate(model, inputs)
-    assert_same_tokens(model, expected, actual, prompt=inputs["input_ids"].shape[1])
+    assert_same_tokens(model, expected, actual, prompt=inputs)
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "samples"])
@@ -63,7 +63,7 @@ def test_other_families_gather_with_one_warning(name: str, mode: str, caplog: py
         actual = generate(model, inputs, **MODES[mode])
         generate(model, inputs, **MODES[mode])
         assert handle.stats().peak_bytes > 0
-    assert_same_tokens(model, expected, actual, prompt=40)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["paged.attention"] == 0 < calls["gather"]
     (message,) = messages(caplog)
     for part in (type(model).__name__, family(model.config.model_type).reason, "gathered"):
@@ -80,7 +80,7 @@ def test_output_attentions_come_from_the_models_own_attention(
     expected = generate(model, inputs, **kwargs)
     with torch_paged.paged(model):
         actual = generate(model, inputs, **kwargs)
-    assert_same_tokens(model, expected.sequences, actual.sequences, prompt=9)
+    assert_same_tokens(model, expected.sequences, actual.sequences, prompt=inputs)
     if attn_implementation == "eager":
         for want, got in zip(expected.attentions, actual.attentions, strict=True):
             for layer, paged_layer in zip(want, got, strict=True):
@@ -143,7 +143,7 @@ def test_training_mode_keeps_mask_and_dropout(
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model) as handle:
         actual = generate(model, inputs)
         assert handle.stats().peak_bytes > 0
-    assert_same_tokens(model, expected, actual, prompt=20)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert "dropout" in caplog.text
 
 
@@ -194,7 +194,7 @@ def test_a_native_call_that_turns_out_to_need_a_mask_runs_again_gathered(caplog:
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model) as handle, count_calls() as calls:
         actual = generate(model, inputs)
         assert handle.stats().blocks_used == 0
-    assert_same_tokens(model, expected, actual, prompt=9)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     (message,) = messages(caplog)
     assert "LlamaForCausalLM: LlamaAttention asks for dropout, a position bias or bidirectional attention" in message
     # The first call was native up to the second layer; it alone ran twice, and later ones gather from their start.
@@ -209,7 +209,7 @@ def test_a_hybrid_runs_again_from_its_first_call(caplog: pytest.LogCaptureFixtur
     expected = generate(model, inputs)
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model), count_calls() as calls:
         actual = generate(model, inputs)
-    assert_same_tokens(model, expected, actual, prompt=9)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["gather"] > 0
     assert "JambaSdpaAttention" in caplog.text or "JambaAttention" in caplog.text
 

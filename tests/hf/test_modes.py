@@ -87,7 +87,7 @@ def test_batches(name: str, rows: int, num_beams: int) -> None:
     expected = generate(model, inputs, **kwargs)
     with watched(model, native=name in NATIVE):
         actual = generate(model, inputs, **kwargs)
-    assert_same_tokens(model, expected, actual, prompt=inputs["input_ids"].shape[1])
+    assert_same_tokens(model, expected, actual, prompt=inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -96,7 +96,7 @@ def test_prompts_without_a_mask(name: str) -> None:
     expected = generate(model, inputs)
     with watched(model, native=name in NATIVE):
         actual = generate(model, inputs)
-    assert_same_tokens(model, expected, actual, prompt=20)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

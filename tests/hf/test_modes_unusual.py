@@ -29,7 +29,7 @@ def test_logits_of_all_positions(name: str) -> None:
     kwargs: dict[str, Any] = dict(logits_to_keep=0) if name == "llama" else {}
     expected = generate(model, inputs, **kwargs)
     with torch_paged.paged(model, block_size=4), count_calls() as calls:
-        assert_same_tokens(model, expected, generate(model, inputs, **kwargs), prompt=9)
+        assert_same_tokens(model, expected, generate(model, inputs, **kwargs), prompt=inputs)
     assert calls["gather"] == 0 < calls["paged.attention"]
 
 

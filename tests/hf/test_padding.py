@@ -25,7 +25,7 @@ def test_explicit_cache_on_an_unpatched_model(name: str) -> None:
     with count_calls() as calls:
         cache = torch_paged.PagedCache(model.config, block_size=4)
         actual = generate(model, inputs, past_key_values=cache)
-    assert_same_tokens(model, expected, actual, prompt=30)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["paged.attention"] == 0 < calls["gather"]
 
 
@@ -36,7 +36,7 @@ def test_explicit_cache_on_a_patched_model_is_read_in_place(name: str) -> None:
     with torch_paged.paged(model), count_calls() as calls:
         cache = torch_paged.PagedCache(model.config, block_size=4)
         actual = generate(model, inputs, past_key_values=cache)
-    assert_same_tokens(model, expected, actual, prompt=30)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert calls["gather"] == 0
 
 
@@ -148,7 +148,7 @@ def test_right_padding_goes_on_from_what_stock_goes_on_from(name: str, num_beams
     expected = generate(model, inputs, num_beams=num_beams)
     with torch_paged.paged(model):
         actual = generate(model, inputs, num_beams=num_beams)
-    assert_same_tokens(model, expected, actual, prompt=12)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
 
 
 def test_gathered_copies_are_of_the_callers_own() -> None:

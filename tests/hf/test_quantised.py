@@ -39,7 +39,7 @@ def _check(stock: PreTrainedModel, model: PreTrainedModel, plain: PreTrainedMode
         with count_calls() as calls:
             actual = generate(model, INPUTS, **mode)
         assert calls["paged.attention"] > 0 == calls["gather"]
-        assert_same_tokens(stock, expected, actual, prompt=20)
+        assert_same_tokens(stock, expected, actual, prompt=INPUTS)
     kwargs = dict(return_dict_in_generate=True, output_logits=True, max_new_tokens=1)
     want, got, other = (generate(each, INPUTS, **kwargs).logits[0] for each in (stock, model, plain))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -23,7 +23,7 @@ def test_expanded_prompts_are_prefilled_once(kwargs: dict[str, int], lengths: li
     expected = generate(model, inputs, max_new_tokens=NEW, eos_token_id=None, **kwargs)
     with torch_paged.paged(model), count_tokens(model) as tokens:
         actual = generate(model, inputs, max_new_tokens=NEW, eos_token_id=None, **kwargs)
-    assert_same_tokens(model, expected, actual, prompt=32)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     rows = 4 * len(lengths)
     assert tokens == [32 * len(lengths)] + [rows] * (NEW - 1)
 

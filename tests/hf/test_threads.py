@@ -79,7 +79,7 @@ def test_one_model_in_many_threads(name: str) -> None:
         assert handle.stats().blocks_used == 0
     assert isinstance(without_cache, list) and all(torch.equal(logits, plain) for logits in without_cache)
     for number, (lengths, _) in enumerate(CALLS):
-        assert_same_tokens(model, expected[number], actual[number], prompt=max(lengths))
+        assert_same_tokens(model, expected[number], actual[number], prompt=batch(lengths, seed=number))
 
 
 def test_many_models_each_in_a_thread() -> None:
@@ -125,7 +125,7 @@ def test_patches_that_come_and_go_while_another_thread_generates(name: str) -> N
     assert error is None and toggles > 10
     assert isinstance(actual, list), actual
     for number, want, got in zip(numbers, expected, actual, strict=True):
-        assert_same_tokens(model, want, got, prompt=max(CALLS[number][0]))
+        assert_same_tokens(model, want, got, prompt=batch(CALLS[number][0], seed=number))
     assert host_state(model) == before
 
 
@@ -161,7 +161,7 @@ def test_unpatching_in_the_middle_of_a_forward_pass(name: str, again: bool) -> N
     torch_paged.patch(model, block_size=4)
     actual, error = in_threads([lambda: generate(model, inputs, **kwargs), unpatch_twice])
     assert error is None and isinstance(actual, Tensor), (error, actual)
-    assert_same_tokens(model, expected, actual, prompt=20)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     registered.remove()
     if again:
         # The patch that is there now works.
@@ -182,5 +182,5 @@ def test_unpatching_from_a_hook(name: str) -> None:
     hook = layer.register_forward_pre_hook(lambda module, args: torch_paged.unpatch(model))
     actual = generate(model, inputs, **kwargs)
     hook.remove()
-    assert_same_tokens(model, expected, actual, prompt=20)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
     assert host_state(model) == before

@@ -64,10 +64,10 @@ def test_lora(when: str) -> None:
         actual = _adapters(wrapped, lambda: generate(wrapped, INPUTS))
     assert calls["paged.attention"] > 0 == calls["gather"]
     for want, got in zip(expected, actual, strict=True):
-        assert_same_tokens(stock, want, got, prompt=20)
+        assert_same_tokens(stock, want, got, prompt=INPUTS)
     merged, merged_stock = wrapped.merge_and_unload(), stock.merge_and_unload()
     assert merged is model and handle.patched
-    assert_same_tokens(merged_stock, generate(merged_stock, INPUTS), generate(merged, INPUTS), prompt=20)
+    assert_same_tokens(merged_stock, generate(merged_stock, INPUTS), generate(merged, INPUTS), prompt=INPUTS)
     torch_paged.unpatch(merged)
     assert type(merged) is type(merged_stock) and not handle.patched
 
@@ -141,7 +141,7 @@ def test_wrappers_are_looked_through(how: str, process_group: None) -> None:
     handle = torch_paged.patch(wrapped)
     assert torch_paged.patch(model) is handle
     with count_calls() as calls:
-        assert_same_tokens(model, expected, generate(model, INPUTS), prompt=20)
+        assert_same_tokens(model, expected, generate(model, INPUTS), prompt=INPUTS)
     assert calls["paged.attention"] > 0
     torch_paged.unpatch(wrapped)
     assert not handle.patched
