@@ -4,26 +4,43 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as torch_flex
 
-from torch_paged.cli.bench import attention_ways
+from torch_paged.cli.bench import attention_ways, flex
+from torch_paged.cli.bench import limits as limits_module
 from torch_paged.cli.bench.attention_ways import Inputs
 from torch_paged.cli.bench.cases import DEFAULT_CASES, Case, Group, parse_case
-from torch_paged.cli.bench.ops import layers_to_rotate, require_agreement
-from torch_paged.cli.bench.timing import alternate
+from torch_paged.cli.bench.last_level_cache import _from_sysfs, last_level_cache_bytes
+from torch_paged.cli.bench.limits import Limits
+from torch_paged.cli.bench.ops import apart, layers_to_rotate, look_again, require_agreement
+from torch_paged.cli.bench.ops_result import Result
+from torch_paged.cli.bench.timing import Timing, alternate
 from torch_paged.cli.errors import CommandError
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """A limit that is measured in no time, and is none."""
+    monkeypatch.setattr(limits_module, "MATMUL_SIZE", 64)
+
 
 MIXED = Case("mixed", 4, 2, 16, (Group(3, 1, 21), Group(1, 5, 17), Group(2, 9, 9)))
 
 
 def test_ops_json(run):
-    cases = ("2,4,2,32,40", "1,2,2,16,24,24", "1,4,1,16,32,8")
-    status, out, _ = run("bench", "ops", "--case", *cases, "--rounds", "2", "--dtype", "float32", "bfloat16", "--json")
+    shapes = ("--shape", "2,4,2,32,40", "--shape", "1,2,2,16,24,24", "1,4,1,16,32,8")
+    status, out, _ = run("bench", "ops", *shapes, "--rounds", "2", "--dtype", "float32", "bfloat16", "--json")
     report = json.loads(out)
     assert status == 0
     assert [result["dtype"] for result in report["results"]] == ["float32", "bfloat16"] * 3
     assert report["results"][0]["case"] == "decode 4/2×32 2×1/40"
     assert report["environment"]["torch"] == torch.__version__ and report["seed"] == 0
+    limits = report["limits"]
+    assert limits["read_bytes_per_s"] > 0 and set(limits["multiply_flop_per_s"]) == {"float32", "bfloat16"}
+    assert limits["read_working_set_bytes"] >= 4 * limits["last_level_cache_bytes"]
+    assert [result["limit"] for result in report["results"]] == ["read"] * 2 + ["multiply"] * 4
     for result in report["results"]:
+        assert result["share_of_limit"] is None or 0 < result["share_of_limit"] <= 1
         fastest = min(timing["median_s"] for timing in result["gather_and_sdpa"].values())
         assert result["speedup_over_gather_and_sdpa"] == pytest.approx(fastest / result["paged"]["median_s"])
         assert result["paged"]["min_s"] <= result["paged"]["median_s"] <= result["paged"]["max_s"]
@@ -31,10 +48,20 @@ def test_ops_json(run):
 
 def test_ops_table(run):
     status, out, _ = run(
-        "bench", "ops", "--case", "2,4,2,32,40", "--rounds", "1", "--threads", "1", "--dtype", "float32"
+        "bench", "ops", "--shape", "2,4,2,32,40", "--rounds", "1", "--threads", "1", "--dtype", "float32"
     )
     assert status == 0
     assert "decode 4/2×32" in out and "1 threads" in out and "rounds 1, seed 0" in out
+    assert "Limits, the best of several probes in this run: read " in out
+
+
+def test_ops_on_other_pages(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'torch_paged[bench]'")
+    options = ("--shape", "2,4,2,32,40", "1,2,2,16,24,24", "--rounds", "1", "--dtype", "float32", "--pages")
+    status, out, _ = run("bench", "ops", *options, "--json", "--plot", str(tmp_path / "ops.png"))
+    decode, prefill = json.loads(out)["results"]
+    assert status == 0 and (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+    assert set(decode["other_pages"]) == {"pages in order", "pages of 128"} and not prefill["other_pages"]
 
 
 def test_bookkeeping(run):
@@ -55,9 +82,12 @@ def test_every_way_computes_the_same(case, dtype):
     torch.manual_seed(0)
     inputs = Inputs.random(case, dtype, block_size=4, num_layers=2)
     ways = {"paged": attention_ways.paged(inputs)}
+    ways["in order"] = attention_ways.paged(inputs.repaged(8, in_order=True))
+    ways["in larger blocks"] = attention_ways.paged(inputs.repaged(32, in_order=False))
+    layers = attention_ways.contiguous_layers(inputs)
     for name, form in attention_ways.sdpa_forms(inputs).items():
         ways |= {f"gather {name}": attention_ways.gathered(inputs, form)}
-        ways |= {f"contiguous {name}": attention_ways.contiguous(inputs, form)}
+        ways |= {f"contiguous {name}": attention_ways.contiguous(inputs, layers, form)}
     require_agreement(case, ways, dtype)
     tokens = sum(case.query_lens)
     assert all(way(1).shape == (tokens, case.num_heads, case.head_dim) for way in ways.values())
@@ -65,6 +95,97 @@ def test_every_way_computes_the_same(case, dtype):
         require_agreement(case, {**ways, "broken": lambda number: ways["paged"](number) + 1}, dtype)
     with pytest.raises(CommandError, match="broken differs from the paged op by nan"):
         require_agreement(case, {**ways, "broken": lambda number: ways["paged"](number) * torch.nan}, dtype)
+
+
+def test_blocks_in_order_follow_one_another():
+    torch.manual_seed(0)
+    inputs = Inputs.random(MIXED, torch.float32, block_size=4, num_layers=1)
+    table = inputs.repaged(8, in_order=True).block_table
+    assert table[table >= 0].tolist() == list(range(3 * 3 + 3 + 2 * 2))
+    assert table[5].tolist() == [14, 15, -1]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_is_one_more_form(monkeypatch):
+    # Uncompiled, it computes the same; to compile it takes half a minute.
+    monkeypatch.setattr(flex, "_compiled", lambda: torch_flex.flex_attention)
+    inputs = Inputs.random(MIXED, torch.float32, block_size=4, num_layers=1)
+    way = attention_ways.contiguous(inputs, attention_ways.contiguous_layers(inputs), flex.flex_attention)
+    require_agreement(MIXED, {"paged": attention_ways.paged(inputs), "flex": way}, torch.float32)
+    monkeypatch.setattr(flex, "_compiled", lambda: broken)
+    with pytest.raises(CommandError, match="--flex: FlexAttention does not compile here: no compiler$"):
+        way(0)
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no compiler\nand much more")
+
+
+def result(kind, seconds, read_from_memory=True):
+    case = Case(kind, 4, 2, 8, (Group(1, 1 if kind == "decode" else 10, 10),))
+    timing = Timing(seconds, seconds, seconds)
+    return Result(case, torch.float32, 1, read_from_memory, timing, {"form": timing}, {"form": timing})
+
+
+def test_share_of_the_limit():
+    limits = Limits()
+    limits.bytes_per_s, limits.flop_per_s = 2560.0, {torch.float32: 14080.0}
+    # 10 tokens of 2 heads of 8 in float32, keys and values; 55 visible pairs of 4 heads of 8.
+    assert result("decode", 1).share(limits) == 1280 / 2560
+    assert result("prefill", 1).share(limits) == 4 * 55 * 4 * 8 / 14080
+    assert result("decode", 1, read_from_memory=False).share(limits) is None
+    assert result("prefill", 1, read_from_memory=False).share(limits) == 0.5
+    # Faster than the limit: then it is none.
+    assert result("decode", 0.4).share(limits) is None
+    assert result("decode", 0.4).as_json(limits)["faster_than_limit"]
+    assert not result("decode", 1).as_json(limits)["faster_than_limit"]
+
+
+def test_limits_that_an_op_surpasses_are_probed_again(monkeypatch):
+    limits, probed = Limits(), []
+    limits.bytes_per_s, limits.flop_per_s = 1280.0, {torch.float32: 7040.0}
+
+    def probe_reading(rounds):
+        probed.append("read")
+        limits.bytes_per_s *= 2
+
+    def probe_multiplying(dtype, rounds):
+        probed.append(dtype)
+        limits.flop_per_s[dtype] *= 2
+
+    monkeypatch.setattr(limits, "probe_reading", probe_reading)
+    monkeypatch.setattr(limits, "probe_multiplying", probe_multiplying)
+    look_again([result("decode", 1), result("prefill", 1)], limits, 1)
+    assert probed == []
+    look_again([result("decode", 0.4), result("prefill", 0.6)], limits, 1)
+    assert probed == ["read", torch.float32, "read"]
+
+
+def test_limits_learn_the_best_round_of_the_best_probe():
+    limits = Limits()
+    slow, quick = Timing(2.0, 1.0, 3.0), Timing(0.6, 0.5, 9.0)
+    limits.learn({"read sum": slow, "read maximum": quick, "paged": Timing(0.1, 0.1, 0.1)}, torch.float32)
+    limits.learn({"read sum": slow, "multiply float32": quick}, torch.bfloat16)
+    assert limits.bytes_per_s == limits.read_bytes / 0.5
+    assert limits.flop_per_s == {torch.bfloat16: 2 * 64**3 / 0.5}
+
+
+def test_last_level_cache_of_the_system(tmp_path):
+    # Two cores with an L2 each; an L3 for both, and one for two more.
+    for cpu, owners in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")):
+        for index, (level, size, shared) in enumerate([(1, "32K", cpu), (2, "1024K", cpu), (3, "32768K", owners)]):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, value in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+                (folder / name).write_text(f"{value}\n")
+    assert _from_sysfs(tmp_path) == 64 << 20
+    assert _from_sysfs(tmp_path / "cpu0") == 0
+    assert last_level_cache_bytes() > 0
+
+
+def test_ways_that_run_after_one_another_read_other_layers():
+    ways = apart({name: lambda number: number for name in "abcd"}, num_layers=8)
+    assert [way(3) for way in ways.values()] == [3, 5, 7, 9]
 
 
 def test_ways_alternate():
@@ -83,11 +204,11 @@ def test_flops_and_bytes_of_a_case():
 
 def test_cases_of_the_command_line():
     assert parse_case("8,32,8,128,2048") == DEFAULT_CASES[1]
-    assert parse_case("1,32,8,128,512,512") == DEFAULT_CASES[4]
-    assert parse_case("1,32,8,128,4096,256") == DEFAULT_CASES[6]
+    assert parse_case("1,32,8,128,512,512") == DEFAULT_CASES[5]
+    assert parse_case("1,32,8,128,4096,256") == DEFAULT_CASES[7]
 
 
 def test_layers_rotate_through_more_than_the_cache_but_not_through_all_memory():
     assert layers_to_rotate(1 << 40) == 1
-    assert layers_to_rotate(1 << 20) * (1 << 20) >= 4 << 20
+    assert layers_to_rotate(16 << 20) * (16 << 20) >= min(4 * last_level_cache_bytes(), 2 << 30)
     assert layers_to_rotate(1) == 128

@@ -8,9 +8,11 @@ import pytest
 
 BOOKKEEPING = ("bench", "bookkeeping", "--batch", "2", "--layers", "1", "--context", "9", "--rounds", "3")
 MEMORY = ("bench", "memory", "--requests", "3", "--rounds", "1", "--max-len", "64", "--widths", "2")
+OPS = ("bench", "ops", "--shape", "1,2,2,8,9", "--dtype", "float32", "--rounds", "1")
+every_subject = pytest.mark.parametrize("command", [BOOKKEEPING, MEMORY, OPS], ids=lambda command: command[1])
 
 
-@pytest.mark.parametrize("command", [BOOKKEEPING, MEMORY], ids=lambda command: command[1])
+@every_subject
 def test_json_file_stands_beside_the_table(run, tmp_path, command):
     file = tmp_path / "figures.json"
     status, out, _ = run(*command, "--json", str(file), "--threads", "1", "--seed", "7")
@@ -21,13 +23,13 @@ def test_json_file_stands_beside_the_table(run, tmp_path, command):
     assert report["environment"]["cpu"] in out and report["environment"]["cpu_instruction_set"] in out
 
 
-@pytest.mark.parametrize("command", [BOOKKEEPING, MEMORY], ids=lambda command: command[1])
+@every_subject
 def test_json_on_stdout_stands_alone(run, command):
     plain, dash = (json.loads(run(*command, "--json", *where)[1]) for where in ((), ("-",)))
     assert plain.keys() == dash.keys()
 
 
-@pytest.mark.parametrize("command", [BOOKKEEPING, MEMORY], ids=lambda command: command[1])
+@every_subject
 def test_plot_is_a_picture(run, tmp_path, command):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'torch_paged[bench]'")
     file = tmp_path / "figures.png"
@@ -44,7 +46,7 @@ def test_plot_with_another_ending_gets_one_line(run, tmp_path):
     assert (status, out) == (2, "") and "figures.doc: must end in one of ." in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [BOOKKEEPING, MEMORY], ids=lambda command: command[1])
+@every_subject
 def test_plot_without_matplotlib_gets_one_line(run, monkeypatch, tmp_path, command):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     status, out, err = run(*command, "--plot", str(tmp_path / "figures.png"))

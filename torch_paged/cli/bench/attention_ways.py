@@ -1,7 +1,7 @@
 """The same attention in several ways: the paged op, and gather_cache with each form of PyTorch's SDPA."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -27,28 +27,51 @@ class Inputs:
 
     @classmethod
     def random(cls, case: Case, dtype: torch.dtype, block_size: int, num_layers: int) -> "Inputs":
-        contexts = torch.tensor(case.contexts)
-        blocks = (contexts + block_size - 1) // block_size
-        num_blocks = int(blocks.sum())
-        block_table = torch.full((len(contexts), int(blocks.max())), -1, dtype=torch.int32)
-        ids = torch.split(torch.randperm(num_blocks, dtype=torch.int32), blocks.tolist())
-        for row, row_ids in zip(block_table, ids, strict=True):
-            row[: len(row_ids)] = row_ids
-        caches = []
-        for _ in range(num_layers):
-            cache = ops.empty_cache(num_blocks, block_size, case.num_kv_heads, case.head_dim, dtype=dtype, device="cpu")
-            caches.append((cache[0].normal_(), cache[1].normal_()))
+        block_table, num_blocks = _block_table(case.contexts, block_size, torch.randperm)
+        caches = [_empty(case, num_blocks, block_size, dtype) for _ in range(num_layers)]
+        for key_cache, value_cache in caches:
+            key_cache.normal_(), value_cache.normal_()
         return cls(
             case=case,
             query=torch.randn(sum(case.query_lens), case.num_heads, case.head_dim).to(dtype),
             caches=caches,
             block_table=block_table,
-            seq_lens=contexts.int(),
+            seq_lens=torch.tensor(case.contexts, dtype=torch.int32),
             cu_seqlens_q=torch.tensor([0, *accumulate(case.query_lens)], dtype=torch.int32),
         )
 
+    def repaged(self, block_size: int, in_order: bool) -> "Inputs":
+        """The same keys and values in other blocks, which follow one another in memory or lie at random."""
+        order = torch.arange if in_order else torch.randperm
+        block_table, num_blocks = _block_table(self.case.contexts, block_size, order)
+        longest = max(self.case.contexts)
+        position = torch.arange(longest)
+        slots = block_table[:, position // block_size].long() * block_size + position % block_size
+        slots[position >= self.seq_lens[:, None]] = -1
+        caches = []
+        for key_cache, value_cache in self.caches:
+            key, value = ops.gather_cache(key_cache, value_cache, self.block_table, self.seq_lens, longest)
+            cache = _empty(self.case, num_blocks, block_size, key_cache.dtype)
+            ops.reshape_and_cache(key.flatten(0, 1), value.flatten(0, 1), *cache, slots.flatten())
+            caches.append(cache)
+        return replace(self, caches=caches, block_table=block_table)
+
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
         return self.caches[number % len(self.caches)]
+
+
+def _block_table(contexts: list[int], block_size: int, order: Callable[..., Tensor]) -> tuple[Tensor, int]:
+    """A table int32 `[sequences, blocks of the longest]`, -1 = no block, over as many blocks as the contexts need."""
+    blocks = [-(-context // block_size) for context in contexts]
+    block_table = torch.full((len(contexts), max(blocks)), -1, dtype=torch.int32)
+    ids = torch.split(order(sum(blocks), dtype=torch.int32), blocks)
+    for row, row_ids in zip(block_table, ids, strict=True):
+        row[: len(row_ids)] = row_ids
+    return block_table, sum(blocks)
+
+
+def _empty(case: Case, num_blocks: int, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return ops.empty_cache(num_blocks, block_size, case.num_kv_heads, case.head_dim, dtype=dtype, device="cpu")
 
 
 Attention = Callable[[int], Tensor]
@@ -99,17 +122,25 @@ def gathered(inputs: Inputs, form: Form) -> Attention:
     return attend
 
 
-def contiguous(inputs: Inputs, form: Form) -> Attention:
-    """SDPA on keys and values that lie as a DynamicCache holds them, gathered before the clock starts."""
+Contiguous = list[list[tuple[Tensor, Tensor]]]
+
+
+def contiguous_layers(inputs: Inputs) -> Contiguous:
+    """Per layer and group the keys and values, as a DynamicCache holds them."""
     parts = _parts(inputs)
-    layers = [
-        [
+    layers = []
+    for key_cache, value_cache in inputs.caches:
+        gathered = [
             ops.gather_cache(key_cache, value_cache, table, seq_lens, group.context)
             for group, _, table, seq_lens in parts
         ]
-        for key_cache, value_cache in inputs.caches
-    ]
-    layers = [[(_heads_first(key), _heads_first(value)) for key, value in layer] for layer in layers]
+        layers.append([(_heads_first(key), _heads_first(value)) for key, value in gathered])
+    return layers
+
+
+def contiguous(inputs: Inputs, layers: Contiguous, form: Form) -> Attention:
+    """A form of attention on keys and values that were gathered before the clock starts."""
+    parts = _parts(inputs)
 
     def attend(number: int) -> Tensor:
         layer = layers[number % len(layers)]

@@ -52,6 +52,7 @@ DEFAULT_CASES = (
     Case("decode", 32, 8, 128, (Group(8, 1, 2048),)),
     Case("decode", 32, 8, 128, (Group(32, 1, 1024),)),
     Case("decode", 14, 2, 64, (Group(16, 1, 2048),)),
+    Case("decode", 32, 8, 128, (Group(1, 1, 32768),)),
     Case("prefill", 32, 8, 128, (Group(1, 512, 512),)),
     Case("prefill", 32, 8, 128, (Group(1, 2048, 2048),)),
     Case("chunked", 32, 8, 128, (Group(1, 256, 4096),)),
@@ -61,7 +62,7 @@ KINDS = tuple(dict.fromkeys(case.kind for case in DEFAULT_CASES))
 
 
 def parse_case(text: str) -> Case:
-    """Read `sequences,heads,kv_heads,head_dim,context[,query_len]`.
+    """Read `batch,heads,kv_heads,head_dim,context[,query_len]`.
 
     Raises:
         argparse.ArgumentTypeError: the text is no such case.
@@ -72,7 +73,7 @@ def parse_case(text: str) -> Case:
         numbers = []
     if len(numbers) not in (5, 6) or min(numbers) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r}; must be sequences,heads,kv_heads,head_dim,context[,query_len], each a positive integer"
+            f"{text!r}; must be batch,heads,kv_heads,head_dim,context[,query_len], each a positive integer"
         )
     count, num_heads, num_kv_heads, head_dim, context, *rest = numbers
     query_len = rest[0] if rest else 1

@@ -1,143 +1,138 @@
-"""Times the attention op against gather_cache and SDPA, on this machine, in alternation."""
+"""Times the attention op against gather_cache and SDPA, and against the limits of this machine, in alternation."""
 
 import argparse
-import json
 import math
-import os
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
-from torch_paged.cli.arguments import DTYPES, at_least
+from torch_paged.cli.arguments import DTYPES
 from torch_paged.cli.bench import attention_ways
-from torch_paged.cli.bench.attention_ways import Inputs
+from torch_paged.cli.bench.attention_ways import Attention, Inputs
 from torch_paged.cli.bench.cases import DEFAULT_CASES, KINDS, Case, parse_case
-from torch_paged.cli.bench.timing import Timing, alternate
-from torch_paged.cli.env import collect
+from torch_paged.cli.bench.last_level_cache import last_level_cache_bytes
+from torch_paged.cli.bench.limits import CACHE_MULTIPLE, Limits
+from torch_paged.cli.bench.ops_result import Result, limit_notes, panels, table
+from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
+from torch_paged.cli.bench.output import Output, write
+from torch_paged.cli.bench.timing import alternate
 from torch_paged.cli.errors import CommandError
-from torch_paged.cli.report import print_environment, progress, wide_console
+from torch_paged.cli.report import progress
 
-# Rotating over this many times the last-level cache keeps every call reading from memory, as a model's layers do.
-CACHE_MULTIPLE = 4
-ASSUMED_CACHE_BYTES = 32 << 20
 MAX_WORKING_SET_BYTES = 2 << 30
 MAX_LAYERS = 128
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one case took: ours, and per SDPA form with the gather and on contiguous keys and values."""
-
-    case: Case
-    dtype: torch.dtype
-    num_layers: int
-    paged: Timing
-    gathered: dict[str, Timing]
-    contiguous: dict[str, Timing]
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast as gather_cache and the fastest form of SDPA."""
-        return fastest(self.gathered)[1].median / self.paged.median
-
-    @property
-    def contiguous_ratio(self) -> float:
-        """The same against the fastest form of SDPA on contiguous keys and values, without the gather."""
-        return fastest(self.contiguous)[1].median / self.paged.median
-
-    @property
-    def rate(self) -> str:
-        """What bounds the case: bytes of keys and values a second while decoding, else floating-point operations."""
-        if self.case.kind == "decode":
-            return f"{self.case.kv_bytes(self.dtype) / self.paged.median / 1e9:.1f} GB/s"
-        return f"{self.case.flops() / self.paged.median / 1e9:.0f} GFLOP/s"
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "case": str(self.case),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "num_layers": self.num_layers,
-            "paged": self.paged.as_json(),
-            "gather_and_sdpa": {form: timing.as_json() for form, timing in self.gathered.items()},
-            "sdpa_contiguous": {form: timing.as_json() for form, timing in self.contiguous.items()},
-            "speedup_over_gather_and_sdpa": self.ratio,
-            "speedup_over_sdpa_contiguous": self.contiguous_ratio,
-            "kv_bytes_per_s": self.case.kv_bytes(self.dtype) / self.paged.median,
-            "flop_per_s": self.case.flops() / self.paged.median,
-        }
+LARGE_BLOCK = 128
+# How often the limits are probed again where an op was faster than they.
+SECOND_LOOKS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--only", nargs="+", choices=KINDS, help="default cases of these kinds alone")
     chosen.add_argument(
-        "--case",
+        "--shape",
         nargs="+",
+        action="extend",
         type=parse_case,
-        metavar="SEQUENCES,HEADS,KV_HEADS,HEAD_DIM,CONTEXT[,QUERY_LEN]",
+        metavar="BATCH,HEADS,KV_HEADS,HEAD_DIM,CONTEXT[,QUERY_LEN]",
         help="these cases instead of the default ones; QUERY_LEN new tokens (1) end a context of CONTEXT",
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--block-size", type=int, choices=[2**i for i in range(9)], default=16)
-    parser.add_argument("--rounds", type=at_least(1), default=10, help="timed calls of each way")
-    parser.add_argument("--threads", type=at_least(1), help="threads of PyTorch; default: its own choice")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=16)
+    parser.add_argument("--flex", action="store_true", help="also compiled FlexAttention, minutes of compilation")
+    parser.add_argument(
+        "--pages", action="store_true", help=f"also pages in order, and of {LARGE_BLOCK} tokens, for decode cases"
+    )
+    add_common(parser, rounds=10, rounds_help="timed calls of each way")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    cases = args.case or [case for case in DEFAULT_CASES if not args.only or case.kind in args.only]
-    results = []
+    prepare(args)
+    cases = args.shape or [case for case in DEFAULT_CASES if not args.only or case.kind in args.only]
+    results, limits = [], Limits()
     with progress() as bar:
         task = bar.add_task("bench ops", total=len(cases) * len(args.dtype))
         for case in cases:
             for dtype in args.dtype:
                 bar.update(task, description=f"{case} {dtype}")
-                results.append(measure(case, DTYPES[dtype], args.block_size, args.rounds, args.seed))
+                results.append(measure(case, DTYPES[dtype], args, limits))
                 bar.advance(task)
-    settings = {"block_size": args.block_size, "rounds": args.rounds, "seed": args.seed}
-    if args.json:
-        report = {"environment": collect(), **settings, "results": [result.as_json() for result in results]}
-        print(json.dumps(report, indent=2))
-    else:
-        print_results(results, settings)
+        look_again(results, limits, args.rounds)
+    settings = {"block_size": args.block_size}
+    figures = {
+        "limits": {
+            "read_bytes_per_s": limits.bytes_per_s,
+            "read_working_set_bytes": limits.read_bytes,
+            "last_level_cache_bytes": last_level_cache_bytes(),
+            "multiply_flop_per_s": {str(key).removeprefix("torch."): rate for key, rate in limits.flop_per_s.items()},
+        },
+        "results": [result.as_json(limits) for result in results],
+    }
+    tables, notes = [table(results, limits)], limit_notes(limits)
+    write(Output("ops", settings, figures, tables, notes, panels(results, limits)), args)
     return 0
 
 
-def measure(case: Case, dtype: torch.dtype, block_size: int, rounds: int, seed: int) -> Result:
-    """Time one case.
+def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, limits: Limits) -> Result:
+    """Time one case, and what limits it between the same rounds.
 
     Raises:
         CommandError: the op refuses the case, or a way gives another result than the others.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     num_layers = layers_to_rotate(case.kv_bytes(dtype))
-    inputs = Inputs.random(case, dtype, block_size, num_layers)
+    inputs = Inputs.random(case, dtype, args.block_size, num_layers)
+    layers = attention_ways.contiguous_layers(inputs)
     forms = attention_ways.sdpa_forms(inputs)
-    gathered = {form: attention_ways.gathered(inputs, forms[form]) for form in forms}
-    contiguous = {form: attention_ways.contiguous(inputs, forms[form]) for form in forms}
     ways = {"paged": attention_ways.paged(inputs)}
-    ways |= {f"gather {form}": way for form, way in gathered.items()}
-    ways |= {f"contiguous {form}": way for form, way in contiguous.items()}
+    ways |= {f"gather {form}": attention_ways.gathered(inputs, forms[form]) for form in forms}
+    ways |= {f"contiguous {form}": attention_ways.contiguous(inputs, layers, forms[form]) for form in forms}
+    if args.flex:
+        from torch_paged.cli.bench.flex import fresh_form
+
+        ways["flex"] = attention_ways.contiguous(inputs, layers, fresh_form())
+    if args.pages and case.kind == "decode":
+        ways["pages in order"] = attention_ways.paged(inputs.repaged(args.block_size, in_order=True))
+        ways[f"pages of {LARGE_BLOCK}"] = attention_ways.paged(inputs.repaged(LARGE_BLOCK, in_order=False))
     require_agreement(case, ways, dtype)
-    timings = alternate(ways, rounds)
+    probes = limits.read_probes() if case.kind == "decode" else limits.matmul_probes(dtype)
+    timings = alternate({**apart(ways, num_layers), **probes}, args.rounds)
+    limits.learn(timings, dtype)
     return Result(
         case=case,
         dtype=dtype,
         num_layers=num_layers,
+        read_from_memory=num_layers * case.kv_bytes(dtype) >= CACHE_MULTIPLE * last_level_cache_bytes(),
         paged=timings["paged"],
         gathered={form: timings[f"gather {form}"] for form in forms},
         contiguous={form: timings[f"contiguous {form}"] for form in forms},
+        flex=timings.get("flex"),
+        pages={name: timing for name, timing in timings.items() if name.startswith("pages ")},
     )
 
 
-def require_agreement(case: Case, ways: dict[str, attention_ways.Attention], dtype: torch.dtype) -> None:
+def apart(ways: dict[str, Attention], num_layers: int) -> dict[str, Callable[[int], object]]:
+    """The same ways, each on another layer at a time, so that none finds in the cache what the one before it read."""
+
+    def shifted(way: Attention, by: int) -> Callable[[int], Tensor]:
+        return lambda number: way(number + by)
+
+    return {name: shifted(way, place * num_layers // len(ways)) for place, (name, way) in enumerate(ways.items())}
+
+
+def look_again(results: Sequence[Result], limits: Limits, rounds: int) -> None:
+    """Probe the limits that an op surpassed once more: a neighbour may have slowed the probes."""
+    for _ in range(SECOND_LOOKS):
+        surpassed = [result for result in results if result.raw_share(limits) > 1]
+        if any(result.reads and result.read_from_memory for result in surpassed):
+            limits.probe_reading(rounds)
+        for dtype in dict.fromkeys(result.dtype for result in surpassed if not result.reads):
+            limits.probe_multiplying(dtype, rounds)
+
+
+def require_agreement(case: Case, ways: dict[str, Attention], dtype: torch.dtype) -> None:
     """A wrong answer has no speed: compare each way's result before the clock starts."""
     try:
         expected = ways["paged"](0).float()
@@ -154,39 +149,5 @@ def require_agreement(case: Case, ways: dict[str, attention_ways.Attention], dty
 
 def layers_to_rotate(bytes_per_layer: int) -> int:
     """Layers whose keys and values exceed the last-level cache, as far as memory and the depth of models allow."""
-    wanted = math.ceil(CACHE_MULTIPLE * _last_level_cache_bytes() / bytes_per_layer)
+    wanted = math.ceil(CACHE_MULTIPLE * last_level_cache_bytes() / bytes_per_layer)
     return max(1, min(wanted, MAX_WORKING_SET_BYTES // bytes_per_layer, MAX_LAYERS))
-
-
-def _last_level_cache_bytes() -> int:
-    name = "SC_LEVEL3_CACHE_SIZE"
-    size = os.sysconf(name) if name in os.sysconf_names else 0
-    return size if size > 0 else ASSUMED_CACHE_BYTES
-
-
-def fastest(timings: dict[str, Timing]) -> tuple[str, Timing]:
-    return min(timings.items(), key=lambda item: item[1].median)
-
-
-def print_results(results: list[Result], settings: dict[str, int]) -> None:
-    console: Console = wide_console()
-    table = Table(title="Milliseconds of one call: median (fastest–slowest)")
-    for header in ("case: heads/kv×dim\ncount×query/context", "dtype"):
-        table.add_column(header)
-    for header in ("paged", "rate", "gather + SDPA", "times\nas fast", "SDPA on\ncontiguous KV", "times\nas fast"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for result in results:
-        gather_form, gather = fastest(result.gathered)
-        form, sdpa = fastest(result.contiguous)
-        table.add_row(
-            str(result.case),
-            str(result.dtype).removeprefix("torch."),
-            result.paged.as_text(),
-            result.rate,
-            f"{gather.as_text()}\n{gather_form}",
-            f"{result.ratio:.2f}",
-            f"{sdpa.as_text()}\n{form}",
-            f"{result.contiguous_ratio:.2f}",
-        )
-    console.print(table)
-    print_environment(console, settings)
