@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .models import EOS, PAD, VOCAB, sharpen
+
 CAUSAL_TYPES: list[str] = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-VOCAB, PAD, EOS = 211, 0, 210
 WINDOW = 8
 
 # What a config calls its sizes, and how large they are here.
@@ -125,12 +126,7 @@ def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
 def tiny_causal(model_type: str, **more: Any) -> PreTrainedModel:
     """A model of `model_type` in float32, with weights large enough that its tokens depend on the whole context."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **more)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)
-    return model
+    return sharpen(AutoModelForCausalLM.from_config(tiny_config(model_type, **more)).eval())
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, Any]:

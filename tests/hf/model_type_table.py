@@ -19,8 +19,9 @@ from rich.progress import track
 
 import torch_paged
 
-from .causal_types import CAUSAL_TYPES, PAD, VOCAB, WINDOW, tiny_causal
+from .causal_types import CAUSAL_TYPES, WINDOW, tiny_causal
 from .counting import count_calls
+from .models import PAD, VOCAB
 
 FILE = Path(__file__).parents[2] / "docs" / "model_types.md"
 ROW = re.compile(r"^\| `(?P<type>[^`]+)` \| (?P<path>[a-z' ]+) \| (?P<reason>.*) \|$")

@@ -73,17 +73,17 @@ CONFIGS: dict[str, Any] = {
         vocab_size=VOCAB, hidden_size=64, ffn_dim=128, num_hidden_layers=3, num_attention_heads=4, pad_token_id=PAD,
         word_embed_proj_dim=64,
     ),
+    "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=3, n_head=4, pad_token_id=PAD),
+    # Layers of keys and values among layers of another state, and a model without any.
+    "jamba": lambda: JambaConfig(
+        **SMALL, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2, mamba_d_state=4
+    ),
+    "mamba": lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+    # Attention that splits V before it attends, and attention code of its own.
+    "diffllama": lambda: DiffLlamaConfig(**SMALL),
+    "xglm": lambda: XGLMConfig(vocab_size=VOCAB, d_model=64, ffn_dim=128, num_layers=3, attention_heads=4),
+    "window-of-one": lambda: MistralConfig(**SMALL, sliding_window=1),
 }  # fmt: skip
-CONFIGS["bloom"] = lambda: BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=3, n_head=4, pad_token_id=PAD)
-# Layers of keys and values among layers of another state, and a model without any.
-CONFIGS["jamba"] = lambda: JambaConfig(
-    **SMALL, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2, mamba_d_state=4
-)
-# Attention that splits V before it attends, and attention code of its own.
-CONFIGS["diffllama"] = lambda: DiffLlamaConfig(**SMALL)
-CONFIGS["xglm"] = lambda: XGLMConfig(vocab_size=VOCAB, d_model=64, ffn_dim=128, num_layers=3, attention_heads=4)
-CONFIGS["window-of-one"] = lambda: MistralConfig(**SMALL, sliding_window=1)
-CONFIGS["mamba"] = lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
 NATIVE = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-full", "gpt2", "opt", "bloom", "jamba"]
 GATHERED = ["diffllama", "xglm"]
 

@@ -13,8 +13,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -23,7 +21,7 @@ import torch_paged
 
 from .causal_types import WINDOW, tiny_causal
 from .counting import count_calls, messages
-from .models import PAD, SMALL, assert_same_tokens, batch, generate, sharpen
+from .models import PAD, SMALL, VOCAB, assert_same_tokens, batch, generate, sharpen, tiny_t5
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -56,12 +54,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": {},
     "gpt_neo": {},
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "falcon": dict(alibi=True, multi_query=False, num_kv_heads=4),
-    "falcon ": dict(new_decoder_architecture=True, num_kv_heads=2),
-    "mpt": dict(attn_config=dict(clip_qkv=0.5, softmax_scale=0.4)),
-    "bloom": dict(n_head=8),
-    "mistral": dict(sliding_window=None),
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon with ALiBi": ("falcon", dict(alibi=True, multi_query=False, num_kv_heads=4)),
+    "falcon's new decoder": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2)),
+    "mpt with clipping": ("mpt", dict(attn_config=dict(clip_qkv=0.5, softmax_scale=0.4))),
+    "bloom with 8 heads": ("bloom", dict(n_head=8)),
+    "mistral without a window": ("mistral", dict(sliding_window=None)),
 }
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -106,9 +104,9 @@ def test_a_family_reads_blocks_and_gives_stocks_tokens(name: str, mode: str, cap
     assert not messages(caplog)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_of_a_family(name: str) -> None:
-    model, inputs = make(name.strip(), **VARIANTS[name]), batch(PROMPTS)
+@pytest.mark.parametrize(("name", "config"), VARIANTS.values(), ids=VARIANTS)
+def test_a_variant_of_a_family(name: str, config: dict[str, Any]) -> None:
+    model, inputs = make(name, **config), batch(PROMPTS)
     expected = generate(model, inputs)
     with torch_paged.paged(model, block_size=4, strict=True), count_calls() as calls:
         actual = generate(model, inputs)
@@ -195,38 +193,35 @@ def test_a_type_nobody_has_tried_gathers(caplog: pytest.LogCaptureFixture) -> No
 
 
 def _t5() -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    config = T5Config(
-        vocab_size=211, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=PAD
-    )
-    return T5ForConditionalGeneration(config), batch([19, 5])
+    return tiny_t5(), batch([19, 5])
 
 
 def _bart() -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     config = BartConfig(
-        vocab_size=211, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128,
         decoder_start_token_id=2, forced_eos_token_id=None,
     )  # fmt: skip
-    return BartForConditionalGeneration(config), batch([19, 5])
+    torch.manual_seed(0)
+    return sharpen(BartForConditionalGeneration(config).eval()), batch([19, 5])
 
 
 def _whisper() -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     config = WhisperConfig(
-        vocab_size=211, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=20,
         max_target_positions=64, decoder_start_token_id=3, suppress_tokens=None, begin_suppress_tokens=None,
         bos_token_id=1, eos_token_id=2, pad_token_id=PAD,
     )  # fmt: skip
     features = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
-    return WhisperForConditionalGeneration(config), {"input_features": features}
+    torch.manual_seed(0)
+    return sharpen(WhisperForConditionalGeneration(config).eval()), {"input_features": features}
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "samples"])
 @pytest.mark.parametrize("build", [_t5, _bart, _whisper])
 def test_encoder_decoders_gather_their_self_attention(build: Any, mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
     model, inputs = build()
-    model = sharpen(model.eval())
     expected = generate(model, inputs, **MODES[mode])
     with (
         caplog.at_level(logging.WARNING, "torch_paged"),
@@ -243,9 +238,7 @@ def test_encoder_decoders_gather_their_self_attention(build: Any, mode: str, cap
 
 @pytest.mark.parametrize("build", [_bart, _whisper])
 def test_a_compiled_forward_gathers_by_the_tables_of_its_own_step(build: Any) -> None:
-    torch.manual_seed(0)
     model, inputs = build()
-    model = sharpen(model.eval())
     options: dict[str, Any] = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
     expected = model.generate(**inputs, **options)
     torch.compiler.reset()
