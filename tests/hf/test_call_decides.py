@@ -138,6 +138,7 @@ def _generated(model: PreTrainedModel, **kwargs: Any) -> list[Any]:
 
 GENERATES: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "use_cache=False": lambda model: {"use_cache": False},
+    "dynamic": lambda model: {"cache_implementation": "dynamic"},
     "static": lambda model: {"cache_implementation": "static"},
     # Offloading needs an accelerator; without one stock refuses.
     "offloaded": lambda model: {"cache_implementation": "offloaded"},
@@ -145,6 +146,7 @@ GENERATES: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "quantized": lambda model: {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
     "a DynamicCache": lambda model: {"past_key_values": _dynamic(model)},
     "a StaticCache": lambda model: {"past_key_values": _static(model)},
+    "beams, dynamic": lambda model: {"cache_implementation": "dynamic", "num_beams": 3},
     "beams, static": lambda model: {"cache_implementation": "static", "num_beams": 3},
     "beams, a DynamicCache": lambda model: {"past_key_values": _dynamic(model), "num_beams": 3},
     "samples, a DynamicCache": lambda model: {
@@ -165,13 +167,13 @@ def test_the_callers_cache_wins(name: str, attn_implementation: str | None, how:
     assert not [op for op in counts if op.startswith("paged.")]
 
 
-@pytest.mark.parametrize("how", ["static", "quantized"])
+@pytest.mark.parametrize("how", ["dynamic", "static", "quantized"])
 def test_a_cache_that_the_generation_config_names_wins(how: str) -> None:
     model = tiny("llama")
     for name, value in GENERATES[how](model).items():
         setattr(model.generation_config, name, value)
     expected = _generated(model)
-    assert expected[-1] is {"static": StaticCache, "quantized": QuantizedCache}[how]
+    assert expected[-1] is {"dynamic": DynamicCache, "static": StaticCache, "quantized": QuantizedCache}[how]
     with torch_paged.paged(model) as handle:
         _assert_same(expected, _generated(model))
         assert handle.stats().peak_bytes == 0

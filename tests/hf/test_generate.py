@@ -13,7 +13,7 @@ from torch_paged.hf.family import family
 
 from .causal_types import tiny_causal
 from .counting import count_calls, messages
-from .models import GATHERED, NATIVE, assert_same_tokens, batch, generate, tiny, tiny_t5
+from .models import GATHERED, NATIVE, assert_same_tokens, batch, generate, tiny
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -100,19 +100,6 @@ def test_head_dims_that_the_op_refuses_are_gathered(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model):
         assert torch.equal(generate(model, inputs), expected)
     assert "head_dim 12 is no multiple of 8" in caplog.text
-
-
-@pytest.mark.parametrize("mode", ["greedy", "beams", "samples"])
-def test_encoder_decoder_gathers_its_self_attention(mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    model, inputs = tiny_t5(), batch([9, 5])
-    expected = generate(model, inputs, **MODES[mode])
-    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model, block_size=4) as handle:
-        actual = generate(model, inputs, **MODES[mode])
-        assert handle.stats().peak_bytes > 0 == handle.stats().blocks_used
-    assert torch.equal(expected, actual)
-    assert [message.partition(";")[0] for message in messages(caplog)] == [
-        "T5ForConditionalGeneration: encoder-decoder models are not among the native ones"
-    ]
 
 
 def test_a_model_without_keys_and_values_keeps_its_cache_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -224,18 +211,6 @@ def test_a_mask_that_lengths_do_not_tell_is_built(caplog: pytest.LogCaptureFixtu
         assert torch.equal(generate(model, inputs), expected)
     assert calls["paged.attention"] == 0 < calls["gather"]
     assert "neither causal nor a sliding window" in caplog.text
-
-
-def test_a_cache_of_the_callers_wins() -> None:
-    from transformers import DynamicCache
-
-    model, inputs = tiny("llama"), batch([9, 5])
-    expected = generate(model, inputs)
-    with torch_paged.paged(model) as handle:
-        assert torch.equal(generate(model, inputs, past_key_values=DynamicCache(config=model.config)), expected)
-        assert torch.equal(generate(model, inputs, cache_implementation="static"), expected)
-        assert torch.equal(generate(model, inputs, use_cache=False), expected)
-        assert handle.stats().peak_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "diffllama"])
