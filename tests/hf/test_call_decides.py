@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -19,11 +23,12 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import Cache
+from transformers.masking_utils import eager_mask
 
 import torch_paged
 
 from .counting import count_calls
-from .models import WINDOW, batch, generate, tiny, tiny_t5, twin
+from .models import VOCAB, WINDOW, batch, generate, tiny, tiny_t5, twin
 
 MODELS = [
     ("llama", "sdpa"),
@@ -217,9 +222,46 @@ def test_softcap_and_sinks_are_in_the_calls_without_a_paged_cache(name: str) -> 
     assert torch.equal(model(**inputs).logits, after)
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("gpt_oss", {"s_aux", "sliding_window"}),
+        ("gemma2", {"softcap", "sliding_window"}),
+        ("mistral", {"sliding_window"}),
+    ],
+)
+@torch.no_grad()
+def test_the_models_own_attention_gets_what_it_got(name: str, given: set[str], use_cache: bool) -> None:
+    """An attention function of the user's own sees the calls that it sees without the patch."""
+    seen: list[dict[str, Any]] = []
+
+    def recording(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        given = dict(module=module, query=query, key=key, value=value, mask=mask, **kwargs)
+        # No window of a layer's own may be passed as None or not at all.
+        seen.append({name: argument for name, argument in given.items() if argument is not None})
+        return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+    with (
+        mock.patch.dict(AttentionInterface._global_mapping, {"recording": recording}),
+        mock.patch.dict(AttentionMaskInterface._global_mapping, {"recording": eager_mask}),
+    ):
+        model = tiny(name, attn_implementation="recording")
+        model(**batch([2 * WINDOW, 7]), use_cache=use_cache)
+        expected = seen.copy()
+        seen.clear()
+        with torch_paged.paged(model):
+            model(**batch([2 * WINDOW, 7]), use_cache=use_cache)
+    assert len(expected) == len(seen) == model.config.num_hidden_layers
+    assert given <= {argument for call in expected for argument in call}
+    for want, got in zip(expected, seen, strict=True):
+        assert want.keys() == got.keys()
+        _assert_same(list(want.values()), [got[argument] for argument in want])
+
+
 def _bert() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = dict(vocab_size=211, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     return BertModel(BertConfig(**sizes)).eval()
 
 
