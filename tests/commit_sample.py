@@ -8,8 +8,18 @@ from collections.abc import Collection
 from pathlib import Path
 
 
-def commit_sample(names: Collection[str], count: int) -> list[str]:
-    """`count` of the names, drawn by the hash of HEAD: the same on every machine, others with the next commit."""
+def commit_sample(names: Collection[str], count: int, commit: str | None = None) -> list[str]:
+    """`count` of the names, drawn by the hash of a commit: the same on every machine, others with the next commit.
+
+    Args:
+        commit: HEAD, unless told.
+    """
+    return sorted(random.Random(commit or head()).sample(sorted(names), min(count, len(names))))
+
+
+def head() -> str:
+    """The hash of HEAD, or nothing outside a git checkout."""
     command = ["git", "rev-parse", "HEAD"]
-    head = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
-    return sorted(random.Random(head).sample(sorted(names), min(count, len(names))))
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
