@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import torch_paged
+from tests.commit_sample import commit_sample, head
 from torch_paged.memory.allocator import BlockAllocator
 
 from .host_state import host_state
@@ -133,6 +133,13 @@ MODES: dict[str, dict[str, Any]] = {
     "assisted": {},
 }
 ONE_ROW = ("prompt lookup", "assisted")
+# Where in a call something fails, in thousandths of the visits that a place has: three by commit.
+DRAWN, THOUSANDTHS, HEAD = 3, [f"{number:03}" for number in range(1000)], head()
+
+
+def with_points(*case: str) -> Any:
+    points = commit_sample(THOUSANDTHS, DRAWN, f"{HEAD} {case}")
+    return pytest.param(*case, points, id="-".join([*case, "at", *points]))
 
 
 # Callbacks fail between forward passes, the same way in every loop; the rest may fail in the middle of one.
@@ -145,22 +152,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "mode", "place"), CASES)
-def test_exceptions_at_random_points(name: str, mode: str, place: str) -> None:
+@pytest.mark.parametrize(("name", "mode", "place", "points"), [with_points(*case) for case in CASES])
+def test_exceptions_at_points_drawn_by_commit(name: str, mode: str, place: str, points: list[str]) -> None:
     model, inputs = tiny(name), batch([20] if mode in ONE_ROW else [20, 5])
     kwargs = dict(eos_token_id=None, max_new_tokens=6, **MODES[mode])
     models = [model]
     if mode == "assisted":
         kwargs["assistant_model"] = assistant = tiny("mistral-full")
         models.append(assistant)
-    check(models, inputs, kwargs, place, seed=f"{name}, {mode}, {place}")
+    check(models, inputs, kwargs, place, points)
 
 
-@pytest.mark.parametrize("place", ["hook", "op"])
-@pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_exceptions_in_encoder_decoders(mode: str, place: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "place", "points"), [with_points(mode, place) for mode in ("greedy", "beams") for place in ("hook", "op")]
+)
+def test_exceptions_in_encoder_decoders(mode: str, place: str, points: list[str]) -> None:
     kwargs = dict(eos_token_id=None, max_new_tokens=6, **MODES[mode])
-    check([tiny_t5()], batch([12, 5]), kwargs, place, seed=f"t5, {mode}, {place}")
+    check([tiny_t5()], batch([12, 5]), kwargs, place, points)
 
 
 def test_a_model_that_drafts_for_itself() -> None:
@@ -231,7 +239,7 @@ def test_a_conversation_goes_on_after_a_turn_that_failed(place: str) -> None:
 
 
 def check(
-    models: list[PreTrainedModel], inputs: dict[str, Tensor], kwargs: dict[str, Any], where: str, seed: str
+    models: list[PreTrainedModel], inputs: dict[str, Tensor], kwargs: dict[str, Any], where: str, points: list[str]
 ) -> None:
     model = models[0]
     place, error = PLACES[where]
@@ -244,8 +252,8 @@ def check(
     with place(model, counter) as extra:
         generate(model, inputs, **kwargs, **extra)
     assert counter.visits > 0
-    points = {counter.visits - 1} | set(random.Random(seed).sample(range(counter.visits), min(2, counter.visits)))
-    for point in sorted(points):
+    drawn = {int(point) * counter.visits // 1000 for point in points}
+    for point in sorted({*drawn, counter.visits - 1}):
         with pytest.raises(type(error)) as raised, place(model, Plant(error, point)) as extra:
             generate(model, inputs, **kwargs, **extra)
         # The traceback still holds generate's frames, and no block all the same.
