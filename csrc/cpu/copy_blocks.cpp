@@ -29,6 +29,8 @@ BlockLoops plan_loops(const LayerCopy& layer) {
     loops.src_strides[i] = layer.src_strides[dims[i]];
     loops.dst_strides[i] = layer.dst_strides[dims[i]];
   }
+  // A cache without elements may have no address, and memcpy takes no null pointer even for no bytes.
+  if (loops.run_bytes == 0) loops.sizes[0] = 0;
   return loops;
 }
 
