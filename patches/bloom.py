@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from torch_paged.hf.attention import paged_attention
+from torch_paged.hf.attention import attend
 from torch_paged.hf.call import in_native_call
 from torch_paged.hf.family import Family
 
@@ -32,7 +32,7 @@ def _native_class(base: type[Any]) -> type[Any]:
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_idx)
             slopes = _alibi_slopes(self.num_heads, hidden_states.device)
-            out, _ = paged_attention(self, query, key, value, None, scaling=self.inv_norm_factor, alibi_slopes=slopes)
+            out = attend(self, query, key, scaling=self.inv_norm_factor, alibi_slopes=slopes)
             out = dropout(self.dense(out.flatten(2)), p=self.hidden_dropout, training=self.training)
             return residual + out, None
 

@@ -13,7 +13,7 @@ from transformers.models.falcon.modeling_falcon import (
     build_alibi_tensor,
 )
 
-from torch_paged.hf.attention import paged_attention
+from torch_paged.hf.attention import attend
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
 from torch_paged.hf.implementation import register_in
@@ -53,7 +53,7 @@ def _native_class(base: type[Any]) -> type[Any]:
                 if key.shape[2] > EXACT_ALIBI_TOKENS:
                     raise NeedsOwnAttention(f"Falcon rounds its ALiBi bias past {EXACT_ALIBI_TOKENS} tokens")
                 slopes = _alibi_slopes(self.num_heads, hidden_states.device) * self.inv_norm_factor
-            out, _ = paged_attention(self, query, key, value, None, scaling=self.inv_norm_factor, alibi_slopes=slopes)
+            out = attend(self, query, key, scaling=self.inv_norm_factor, alibi_slopes=slopes)
             return self.dense(out.flatten(2)), None
 
     return Native

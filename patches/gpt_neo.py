@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
 
-from torch_paged.hf.attention import paged_attention
+from torch_paged.hf.attention import attend
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
 from torch_paged.hf.implementation import register_in
@@ -19,10 +19,10 @@ def _native_class(base: type[Any]) -> type[Any]:
         def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
             if not in_native_call():
                 return base._attn(self, query, key, value, attention_mask)
-            window = self.config.window_size if self.attention_type == "local" else None
-            if window is not None and isinstance(key, PagedKV) and key.pair.layer.state.columns.holes:
+            window = self.config.window_size if self.attention_type == "local" else 0
+            if window and isinstance(key, PagedKV) and key.pair.layer.state.columns.holes:
                 raise NeedsOwnAttention("attention_mask has holes under a local window, which counts them")
-            out, _ = paged_attention(self, query, key, value, None, scaling=1.0, sliding_window=window)
+            out = attend(self, query, key, scaling=1.0, sliding_window=window)
             return out.transpose(1, 2), None
 
     return Native

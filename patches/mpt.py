@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_paged.hf.attention import paged_attention
+from torch_paged.hf.attention import attend
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
 
@@ -32,9 +32,7 @@ def _native_class(base: type[Any]) -> type[Any]:
                 part.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2) for part in states.chunk(3, dim=2)
             )
             key, value = past_key_values.update(key, value, self.layer_idx)
-            out, _ = paged_attention(
-                self, query, key, value, None, scaling=self.softmax_scale, alibi_slopes=_slopes(position_bias)
-            )
+            out = attend(self, query, key, scaling=self.softmax_scale, alibi_slopes=_slopes(position_bias))
             return self.out_proj(out.flatten(2)), None
 
     return Native

@@ -71,7 +71,7 @@ def make_call(
     columns = cache.state.columns
     relation = "same"
     call = Call(num_seqs, width)
-    if attention_mask is None or tuple(attention_mask.shape) == (num_seqs, columns.count + width):
+    if attention_mask is None or _shape(attention_mask) == (num_seqs, columns.count + width):
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
         relation = columns.compare(None if mask is None else mask[:, : columns.count])
         if relation == "reveals":
@@ -88,7 +88,15 @@ def make_call(
         call.native = True
     else:
         say(Support(Path.GATHER, reason))
+        if call.valid is not None and _hides_last_of_a_row(cache, call):
+            # What stock computes there, and reads on from, depends on the hidden columns too.
+            call = Call(num_seqs, width)
     return call
+
+
+def _shape(mask: Any) -> tuple[int, ...] | None:
+    """A caller may also give a dict of masks, one for each kind of layer."""
+    return tuple(mask.shape) if isinstance(mask, Tensor) else None
 
 
 def _not_native(cache: PagedCache, call: Call, inputs: dict[str, Any], relation: str) -> str | None:

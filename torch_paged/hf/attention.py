@@ -28,7 +28,6 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface over a paged cache.
@@ -36,15 +35,13 @@ def paged_attention(
     Args:
         query: `[batch, heads, width, head_dim]`.
         key, value: what `PagedLayer.update` returned; plain tensors where the call has no PagedCache.
-        alibi_slopes: float32 `[heads]`, from the modules in patches/, which come here in native calls alone.
 
     Returns: `[batch, width, heads, v_head_dim]`, and the attention weights where the model's own attention gives them.
 
     Raises:
         NeedsOwnAttention: in a native call, for what only the model's own attention and mask can do.
     """
-    step = _native_step(key)
-    if step is None:
+    if _native_step(key) is None:
         if in_native_call() and attention_mask is None and _is_causal(module, kwargs):
             raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
         if sliding_window is not None:
@@ -67,6 +64,47 @@ def paged_attention(
     _require_plain_causal(module, attention_mask, dropout, kwargs)
     assert isinstance(key, PagedKV)
     layer = key.pair.layer
+    window = layer.sliding_window or sliding_window or 0
+    assert layer.call is not None
+    if window not in (layer.call.windows or {0}):
+        raise NeedsOwnAttention(f"{type(module).__name__} has a window of {window or 'all'} tokens, its mask another")
+    out = attend(module, query, key, scaling=scaling, sliding_window=window, softcap=softcap, sinks=s_aux)
+    return out, None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int = 0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention over the blocks that `key` stands for, in a native call; the modules in patches/ come here directly.
+
+    Args:
+        module: the attention module, for messages.
+        query: `[batch, heads, width, head_dim]`.
+        key: the K that `PagedLayer.update` returned.
+        scaling, softcap, sinks, alibi_slopes: as for `torch_paged.ops.attention`.
+        sliding_window: of the module; 0 = off.
+
+    Returns: `[batch, width, heads, v_head_dim]`.
+
+    Raises:
+        NeedsOwnAttention: `key` was not stored in this call, or its cache slides where the model's mask does not.
+    """
+    step = _native_step(key)
+    if step is None:
+        raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
+    assert isinstance(key, PagedKV)
+    layer = key.pair.layer
+    assert layer.call is not None
+    if layer.sliding_window not in (0, *layer.call.windows):
+        raise NeedsOwnAttention(f"the cache of {type(module).__name__} has a window, which its mask does not have")
     batch, heads, width, head_dim = query.shape
     rows = query.transpose(1, 2).reshape(batch * width, heads, head_dim).to(layer.dtype)
     if step.query_rows is not None:
@@ -82,15 +120,15 @@ def paged_attention(
             step.cu_seqlens_q,
             step.max_query_len,
             scale=scaling,
-            sliding_window=layer.sliding_window or sliding_window or 0,
+            sliding_window=sliding_window,
             softcap=softcap or 0.0,
             alibi_slopes=alibi_slopes,
-            sinks=None if s_aux is None else s_aux.float(),
+            sinks=None if sinks is None else sinks.float(),
         ),
     )
     if step.query_rows is not None:
         out = out.new_zeros(batch * width, *out.shape[1:]).index_copy(0, step.query_rows, out)
-    return out.view(batch, width, heads, -1), None
+    return out.view(batch, width, heads, -1)
 
 
 def _native_step(key: Tensor) -> Step | None:

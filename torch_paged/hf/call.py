@@ -15,6 +15,7 @@ class Call:
     Attributes:
         valid: bool `[num_seqs, width]`, which of the new columns hold tokens to store; None if all do.
         native: our attention reads the blocks in place; else layers see gathered tensors and a dense mask.
+        windows: of the masks that the model asked for in a native call, 0 for a causal one.
         num_tokens: int64 `[num_seqs]`, tokens to store per row.
         left_padded: in every row the stored tokens are the last ones, so that queries and keys align at the end.
     """
@@ -23,6 +24,7 @@ class Call:
     width: int
     valid: np.ndarray | None = None
     native: bool = False
+    windows: set[int] = field(default_factory=set)
     num_tokens: np.ndarray = field(init=False)
     left_padded: bool = field(init=False)
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from torch_paged.hf.call import in_native_call
+from torch_paged.hf.call import current, in_native_call
 from torch_paged.hf.family import family
 from torch_paged.hf.implementation import NAME, previous
 
@@ -27,7 +27,10 @@ def paged_mask(*args: Any, config: Any, mask_function: Callable[..., Any] = caus
     built. Any other mask, and all of them without a PagedCache in the call or in calls that gather, is that of the mask
     function the model had before the patch.
     """
-    if in_native_call() and not kwargs.get("use_vmap") and _lengths_tell(mask_function):
+    window = None if kwargs.get("use_vmap") else _window(mask_function)
+    if in_native_call() and window is not None:
+        assert current.call is not None
+        current.call.windows.add(window)
         return _NO_MASK if family(config.model_type).converts_mask else None
     name = previous(config)
     # Implementations without a mask function get none from transformers either.
@@ -39,14 +42,26 @@ def paged_mask(*args: Any, config: Any, mask_function: Callable[..., Any] = caus
 _NO_MASK = torch.empty(0, dtype=torch.bool)
 
 
-def _lengths_tell(mask_function: Callable[..., Any]) -> bool:
-    return mask_function is causal_mask_function or _code(mask_function) == _SLIDING
+def _window(mask_function: Callable[..., Any]) -> int | None:
+    """The window of a causal mask, 0 where it has none; None for any other mask.
+
+    transformers builds masks from closures: the code of one and of the functions it joins tells its kind.
+    """
+    if mask_function is causal_mask_function:
+        return 0
+    if _code(mask_function) != _SLIDING:
+        return None
+    window: int = inspect.getclosurevars(_joined(mask_function)[0]).nonlocals["sliding_window"]
+    return window
+
+
+def _joined(mask_function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    joined: tuple[Callable[..., Any], ...] = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    return joined
 
 
 def _code(mask_function: Callable[..., Any]) -> list[CodeType]:
-    """transformers builds masks from closures: the code of one and of the functions it joins tells its kind."""
-    joined = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    return [mask_function.__code__, *(part.__code__ for part in joined)]
+    return [mask_function.__code__, *(part.__code__ for part in _joined(mask_function))]
 
 
 _SLIDING = _code(sliding_window_causal_mask_function(1))

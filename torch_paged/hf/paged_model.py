@@ -16,6 +16,7 @@ from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention, current
 from torch_paged.hf.disguise import disguise
 from torch_paged.hf.prefill import prefill_once
+from torch_paged.hf.random_state import RandomState
 from torch_paged.hf.support import Path, implementation_reason, training_reason
 
 if TYPE_CHECKING:
@@ -92,12 +93,15 @@ def _announced_call(
     call = base.__call__ if model._compiled_call_impl is None else base._call_impl
     native = handle.support(model).path is Path.NATIVE
     refusal = training_reason(model) or implementation_reason(model)
+    random_state = RandomState() if model.training else None
     try:
         with announced(named, native=native, refusal=refusal, say=handle.say):
             return call(model, *args, **kwargs)
     except NeedsOwnAttention as needs:
         cache: PagedCache = named["past_key_values"]
         cache.refuse(str(needs))
+    if random_state is not None:
+        random_state.restore()
     with announced(named, native=native, say=handle.say):
         return call(model, *args, **kwargs)
 

@@ -35,6 +35,7 @@ def prefill_once(
         or not isinstance(cache, PagedCache)
         or not cache.all_paged
         or cache.get_seq_length() > 0
+        or _positions_of_several_kinds(model_kwargs)
         or not _repeated(input_ids, model_kwargs, rows, expand)
     ):
         return stock_prefill(input_ids, generation_config, model_kwargs, **kw)
@@ -51,6 +52,12 @@ def prefill_once(
 
 def _repeat_rows(value: Any, rows: int, expand: int) -> Any:
     return value.repeat_interleave(expand, dim=0) if _per_row(value, rows) else value
+
+
+def _positions_of_several_kinds(model_kwargs: dict[str, Any]) -> bool:
+    """Multimodal rotary positions, `[kinds, rows, columns]`: their rows are not in the first dimension."""
+    positions = model_kwargs.get("position_ids")
+    return isinstance(positions, Tensor) and positions.ndim > 2
 
 
 def _per_row(value: Any, rows: int) -> bool:

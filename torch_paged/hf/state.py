@@ -113,5 +113,6 @@ class CacheState:
             group.release()
         self.groups.clear()
         self.columns = Columns()
+        self.refusal = None
         self.call = None
         self.num_seqs = None

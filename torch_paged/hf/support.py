@@ -81,11 +81,21 @@ def training_reason(model: PreTrainedModel) -> str | None:
     """Why a model in training mode needs its own attention, or None."""
     if not model.training:
         return None
-    if any(getattr(model.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
+    if _attention_dropout(model.config.to_dict()):
         return "training applies the dropout of the model's own attention"
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing keeps the cache from the layers"
     return None
+
+
+def _attention_dropout(config: dict[str, Any]) -> bool:
+    """Whether a config asks for dropout of attention weights, under any of the names that models have for it."""
+    return any(
+        _attention_dropout(value)
+        if isinstance(value, dict)
+        else "att" in str(name) and "drop" in str(name) and bool(value)
+        for name, value in config.items()
+    )
 
 
 def implementation_reason(model: PreTrainedModel) -> str | None:
