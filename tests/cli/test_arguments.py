@@ -21,7 +21,7 @@ DEMO_ERRORS = [
     ("--prompt=", "--prompt '': has no tokens"),
 ]
 BENCH_ERRORS = [
-    ("", "the following arguments are required: {ops,bookkeeping,memory}"),
+    ("", "the following arguments are required: {ops,bookkeeping,memory,generate}"),
     ("ops --shape 1,2,3", "'1,2,3'; must be batch,heads,kv_heads,head_dim,context[,query_len]"),
     ("ops --shape 1,2,2,64,x", "'1,2,2,64,x'; must be"),
     ("ops --shape 1,2,0,64,8", "'1,2,0,64,8'; must be"),
@@ -33,6 +33,11 @@ BENCH_ERRORS = [
     ("bookkeeping --rounds 0", "argument --rounds: 0; must be"),
     ("bookkeeping --json /no/such/folder/b.json", "--json /no/such/folder/b.json: no folder /no/such/folder"),
     ("bookkeeping --json /", "--json /: a folder; must be a file"),
+    ("generate --hidden 100 --heads 3", "--hidden 100 --heads 3 --kv-heads 2; must be an even multiple of"),
+    ("generate --ragged-prompts 9 8", "--ragged-prompts 9 8; the first must be at most the second"),
+    ("generate --model /no/such/model", "--model /no/such/model: no such folder"),
+    ("generate --model torch_paged/cli/demo_model --context 9999", "prompts and new tokens take 10031 positions"),
+    ("generate --cases two", "argument --cases: invalid choice: 'two'"),
     ("memory --max-len 1", "argument --max-len: 1; must be an integer of at least 2"),
     ("memory --memory 0.5", 'argument --memory: 0.5; must be bytes, such as "32GiB"'),
     ("memory --memory lots", "argument --memory: lots; must be bytes"),

@@ -9,7 +9,10 @@ import pytest
 BOOKKEEPING = ("bench", "bookkeeping", "--batch", "2", "--layers", "1", "--context", "9", "--rounds", "3")
 MEMORY = ("bench", "memory", "--requests", "3", "--rounds", "1", "--max-len", "64", "--widths", "2")
 OPS = ("bench", "ops", "--shape", "1,2,2,8,9", "--dtype", "float32", "--rounds", "1")
-every_subject = pytest.mark.parametrize("command", [BOOKKEEPING, MEMORY, OPS], ids=lambda command: command[1])
+GENERATE = ("bench", "generate", "--layers=1", "--hidden=16", "--heads=2", "--intermediate=16", "--vocabulary=50")
+GENERATE += ("--context=9", "--new-tokens=3", "--cases=one", "--ways", "dynamic", "paged", "--rounds", "1")
+SUBJECTS = [BOOKKEEPING, MEMORY, OPS, GENERATE]
+every_subject = pytest.mark.parametrize("command", SUBJECTS, ids=lambda command: command[1])
 
 
 @every_subject

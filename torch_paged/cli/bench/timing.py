@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -13,6 +13,10 @@ class Timing:
     median: float
     fastest: float
     slowest: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        return cls(statistics.median(seconds), min(seconds), max(seconds))
 
     def as_json(self) -> dict[str, float]:
         return {"median_s": self.median, "min_s": self.fastest, "max_s": self.slowest}
@@ -42,4 +46,4 @@ def alternate(ways: Mapping[str, Callable[[int], object]], rounds: int, warmup: 
             elapsed = time.perf_counter() - start
             if number >= 0:
                 seconds[name].append(elapsed)
-    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in seconds.items()}
+    return {name: Timing.of(times) for name, times in seconds.items()}

@@ -1,0 +1,115 @@
+"""What `bench generate` asks of a model: prompts of random tokens, and how many tokens are to follow each."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+NAMES = ("one", "uniform", "padded", "ragged", "beams", "samples")
+
+
+@dataclass(frozen=True)
+class GenerateCase:
+    """One call of generate.
+
+    Attributes:
+        name: as it is shown.
+        prompts: token ids.
+        wishes: new tokens of each.
+        options: of generate.
+    """
+
+    name: str
+    prompts: list[list[int]]
+    wishes: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether prompts have padding in a batch, or rows end before others."""
+        return len({len(prompt) for prompt in self.prompts}) > 1 or len(set(self.wishes)) > 1
+
+    @property
+    def samples(self) -> bool:
+        return bool(self.options.get("do_sample"))
+
+    @property
+    def beams(self) -> int:
+        return int(self.options.get("num_beams", 1))
+
+    @property
+    def returned(self) -> int:
+        """Sequences that come back for each prompt."""
+        return int(self.options.get("num_return_sequences", 1))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.prompts) * self.returned * self.beams
+
+    @property
+    def useful_tokens(self) -> int:
+        return sum(self.wishes) * self.returned
+
+    def shortened(self, prompt: int, new_tokens: int) -> "GenerateCase":
+        """The same with at most that many tokens of each prompt, and after it."""
+        prompts = [tokens[:prompt] for tokens in self.prompts]
+        return replace(self, prompts=prompts, wishes=[min(wish, new_tokens) for wish in self.wishes])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of all cases; ranges include both ends."""
+
+    context: int
+    new_tokens: int
+    batches: tuple[int, ...]
+    beams: int
+    samples: int
+    ragged_rows: int
+    ragged_prompts: tuple[int, int]
+    ragged_wishes: tuple[int, int]
+
+    def positions(self, names: list[str]) -> int:
+        """Positions that a model must have: a padded batch runs on until the last wish."""
+        ragged = self.ragged_prompts[1] + self.ragged_wishes[1] if "ragged" in names else 0
+        return max(ragged, self.context + self.new_tokens)
+
+
+def cases(names: list[str], sizes: Sizes, vocabulary: int, seed: int) -> list[GenerateCase]:
+    """The named cases, in the order of `NAMES`; each draws from the seed alone, whichever others are named."""
+    made = []
+    for name in NAMES:
+        if name not in names:
+            continue
+        for batch in sizes.batches if name in ("uniform", "padded") else (0,):
+            rng = np.random.default_rng([seed, NAMES.index(name), batch])
+            made.append(_case(name, sizes, batch, vocabulary, rng))
+    return made
+
+
+def _case(name: str, sizes: Sizes, batch: int, vocabulary: int, rng: np.random.Generator) -> GenerateCase:
+    context, new = sizes.context, sizes.new_tokens
+
+    def prompts(lengths: list[int]) -> list[list[int]]:
+        # 0 is the pad token.
+        return [rng.integers(1, vocabulary, size=length).tolist() for length in lengths]
+
+    if name == "uniform":
+        return GenerateCase(f"{batch} x {context}", prompts([context] * batch), [new] * batch)
+    if name == "padded":
+        shorter = rng.integers(max(1, context // 2), context, size=batch - 1, endpoint=True).tolist()
+        return GenerateCase(f"{batch} x {max(1, context // 2)}-{context}", prompts([context, *shorter]), [new] * batch)
+    if name == "ragged":
+        shortest, longest = sizes.ragged_prompts
+        # Uniform in the logarithm: many short prompts, few long ones.
+        drawn = np.exp(rng.uniform(np.log(shortest), np.log(longest + 1), size=sizes.ragged_rows)).astype(int)
+        lengths = np.clip(drawn, shortest, longest).tolist()
+        wishes = rng.integers(*sizes.ragged_wishes, size=sizes.ragged_rows, endpoint=True).tolist()
+        return GenerateCase(f"ragged, {sizes.ragged_rows} x {shortest}-{longest}", prompts(lengths), wishes)
+    if name == "beams":
+        return GenerateCase(f"{sizes.beams} beams, {context}", prompts([context]), [new], {"num_beams": sizes.beams})
+    if name == "samples":
+        options = {"do_sample": True, "num_return_sequences": sizes.samples}
+        return GenerateCase(f"{sizes.samples} samples, {context}", prompts([context]), [new], options)
+    return GenerateCase(f"1 x {context}", prompts([context]), [new])

@@ -1,0 +1,142 @@
+"""The ways that `bench generate` compares: what came out of a call, when, and in how many bytes of keys and values."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, set_seed
+
+import torch_paged
+from torch_paged.cli.bench.generate_cases import GenerateCase
+
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call.
+
+    Attributes:
+        tokens: per returned sequence the new tokens that were asked for.
+        marks: seconds since the call, when all rows had their first token and after every step from then on.
+        seconds: of the whole call.
+        peak_kv_bytes: keys and values held when they were most; None where the way does not tell.
+    """
+
+    tokens: list[list[int]]
+    marks: list[float]
+    seconds: float
+    peak_kv_bytes: int | None
+
+    @property
+    def prefill(self) -> float:
+        return self.marks[0]
+
+    @property
+    def steps(self) -> list[float]:
+        return [later - earlier for earlier, later in zip(self.marks, self.marks[1:], strict=False)]
+
+
+Way = Callable[[PreTrainedModel, GenerateCase, int], Run]
+
+
+class NotPossible(Exception):
+    """Why a way cannot run a case; the text stands in the table."""
+
+
+def dynamic(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
+    run, cache = _generate(model, case, seed)
+    return _with_bytes(run, held_bytes(cache))
+
+
+def static(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
+    # A model remembers the longest static cache it had, and never makes a shorter one.
+    vars(model).pop("_previous_max_cache_length", None)
+    run, cache = _generate(model, case, seed, cache_implementation="static", disable_compile=True)
+    return _with_bytes(run, held_bytes(cache))
+
+
+def one_by_one(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
+    """Stock, a prompt after the other, without padding: what people do about ragged batches."""
+    runs = []
+    for prompt, wish in zip(case.prompts, case.wishes, strict=True):
+        runs.append(dynamic(model, GenerateCase(case.name, [prompt], [wish]), seed))
+    prefill = sum(run.prefill for run in runs)
+    # No batch ever has all its first tokens; the steps follow one another as if the prefills had been first.
+    marks = [prefill]
+    for run in runs:
+        for step in run.steps:
+            marks.append(marks[-1] + step)
+    return Run(
+        tokens=[run.tokens[0] for run in runs],
+        marks=marks,
+        seconds=sum(run.seconds for run in runs),
+        peak_kv_bytes=max(run.peak_kv_bytes or 0 for run in runs),
+    )
+
+
+def paged(block_size: int) -> Way:
+    """torch_paged, with blocks of that many tokens."""
+
+    def run(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
+        with torch_paged.paged(model, block_size=block_size) as handle:
+            run, cache = _generate(model, case, seed)
+            peak = handle.stats().peak_bytes
+            del cache
+        return _with_bytes(run, peak)
+
+    return run
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of the keys and values in a cache of transformers."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes the time after each step, and ends each row with its wish."""
+
+    def __init__(self, case: GenerateCase, width: int, start: float) -> None:
+        self.width, self.start = width, start
+        self.marks: list[float] = []
+        wishes = torch.tensor(case.wishes)
+        # Rows that all end together are ended by max_new_tokens; the rows of beams are not those of the prompts.
+        self.wishes = wishes if len(set(case.wishes)) > 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.marks.append(time.perf_counter() - self.start)
+        if self.wishes is None:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+        return input_ids.shape[1] - self.width >= self.wishes
+
+
+def _generate(model: PreTrainedModel, case: GenerateCase, seed: int, **options: Any) -> tuple[Run, Any]:
+    """Return the run, its bytes not yet counted, and the cache: blocks are held as long as it lives."""
+    width = max(map(len, case.prompts))
+    padded = [[PAD] * (width - len(prompt)) + prompt for prompt in case.prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in case.prompts]
+    input_ids, attention_mask = torch.tensor(padded), torch.tensor(mask)
+    set_seed(seed)
+    start = time.perf_counter()
+    clock = _Clock(case, width, start)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max(case.wishes),
+        return_dict_in_generate=True,
+        stopping_criteria=[clock],
+        **{"do_sample": False, **case.options, **options},
+    )
+    seconds = time.perf_counter() - start
+    wishes = [wish for wish in case.wishes for _ in range(case.returned)]
+    new = output.sequences[:, width:].tolist()
+    tokens = [row[:wish] for row, wish in zip(new, wishes, strict=True)]
+    return Run(tokens, clock.marks, seconds, None), output.past_key_values
+
+
+def _with_bytes(run: Run, peak_kv_bytes: int) -> Run:
+    return Run(run.tokens, run.marks, run.seconds, peak_kv_bytes)
