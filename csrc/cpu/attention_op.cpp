@@ -76,6 +76,9 @@ CacheStrides strides_of_cache(const Tensor& cache) {
 float* workspace(int64_t floats) {
   static thread_local std::vector<float> memory;
   constexpr size_t line = 64;
+#if defined(__SANITIZE_ADDRESS__)
+  std::vector<float>().swap(memory);  // so that a kernel is seen to leave it, whatever calls came before
+#endif
   if (memory.size() * sizeof(float) < floats * sizeof(float) + line) memory.resize(floats + line / sizeof(float));
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
 }

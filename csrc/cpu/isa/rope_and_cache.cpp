@@ -123,7 +123,8 @@ PAGED_INLINE void each_chunk(int64_t size, const F& f) {
 
 template <class T, class Angle, class EachHead>
 void rotate_halves(const Angle* cos, const Angle* sin, int64_t half, const EachHead& each) {
-  const Turn<T> lower(cos, sin, half, negative), upper(cos + half, sin + half, half, [](Chunk c) { return c; });
+  const Turn<T> lower(cos, sin, half, [](Chunk c) { return negative(c); });
+  const Turn<T> upper(cos + half, sin + half, half, [](Chunk c) { return c; });
   each([&](const Head<T>& head) PAGED_INLINED {
     each_chunk(half, [&](int64_t d, int64_t count) PAGED_INLINED {
       const Chunk x = load_chunk(head.from + d, count), y = load_chunk(head.from + half + d, count);
@@ -135,7 +136,7 @@ void rotate_halves(const Angle* cos, const Angle* sin, int64_t half, const EachH
 
 template <class T, class Angle, class EachHead>
 void rotate_neighbours(const Angle* cos, const Angle* sin, int64_t rotary_dim, const EachHead& each) {
-  const Turn<T> turn(cos, sin, rotary_dim, alternating<T>);
+  const Turn<T> turn(cos, sin, rotary_dim, [](Chunk c) { return alternating<T>(c); });
   each([&](const Head<T>& head) PAGED_INLINED {
     each_chunk(rotary_dim, [&](int64_t d, int64_t count) PAGED_INLINED {
       const Chunk x = load_chunk(head.from + d, count);
