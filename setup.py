@@ -1,4 +1,7 @@
-"""Compiles torch_paged/_C.so and, where nvcc is found, torch_paged/_cuda.so with ninja, in build/native."""
+"""Compiles torch_paged/_C.so and, where nvcc is found, torch_paged/_cuda.so with ninja, in build/native.
+
+With TORCH_PAGED_SANITIZE=address,undefined it compiles _C.so alone, with these sanitizers, in build/sanitized.
+"""
 
 import fcntl
 import json
@@ -20,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _build import OLDEST_TORCH, TESTED_TORCH, find_torch
 
 ROOT = Path(__file__).parent.resolve()
-BUILD = ROOT / "build" / "native"
+SANITIZERS = os.environ.get("TORCH_PAGED_SANITIZE", "")
+BUILD = ROOT / "build" / ("sanitized" if SANITIZERS else "native")
 
 # The stable ABI of torch 2.11: one library loads on every later torch and on any Python.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
@@ -56,10 +60,15 @@ class BuildNative(build_ext):
     """Writes build.ninja, runs it, and puts the libraries and a note of what they hold into the package."""
 
     def run(self) -> None:
+        if SANITIZERS and self.inplace:
+            raise SystemExit(
+                f"torch_paged: TORCH_PAGED_SANITIZE={SANITIZERS}: kernels that load nowhere without the sanitizers' "
+                "libraries; unset it to install, or run the tests with them: `python -m tests.build.sanitized`"
+            )
         torch = _require_torch()
         compiler = _require_compiler()
         ninja = _require_ninja()
-        nvcc = _find_nvcc()
+        nvcc = None if SANITIZERS else _find_nvcc()
         architectures = _cuda_architectures(nvcc) if nvcc else []
 
         file = _cpu_part(torch, compiler)
@@ -123,9 +132,13 @@ def _cpu_part(torch: Path, compiler: list[str]) -> NinjaFile:
         flags += " -Wno-maybe-uninitialized"
         # A copy of every loop for each flag of a call: a sixth of the compile time, and no speed.
         flags += " -fno-split-loops -fno-unswitch-loops"
-    command = f"{shlex.join(compiler)} {flags} {_torch_flags(torch)} $flags -MMD -MF $out.d -c $in -o $out"
+    sanitize = ""
+    if SANITIZERS:
+        # Behind all other flags: from -O2 on the checks take three times as long to compile. The first finding aborts.
+        sanitize = f" -O1 -g1 -fno-omit-frame-pointer -fsanitize={SANITIZERS} -fno-sanitize-recover=all"
+    command = f"{shlex.join(compiler)} {flags} {_torch_flags(torch)} $flags{sanitize} -MMD -MF $out.d -c $in -o $out"
     file.rule("cxx", command, depfile=True)
-    file.rule("link", f"{shlex.join(compiler)} -shared $in {_link_torch(torch, '-Wl,')} -o $out")
+    file.rule("link", f"{shlex.join(compiler)} -shared{sanitize} $in {_link_torch(torch, '-Wl,')} -o $out")
     file.library("_C.so", objects, "cxx", "link")
     return file
 
