@@ -7,7 +7,7 @@ import torch
 
 from torch_paged.cli.bench.generate_cases import NAMES, GenerateCase, Sizes, cases
 from torch_paged.cli.bench.generate_result import CaseResult, WayResult, notes, table
-from torch_paged.cli.bench.generate_ways import Run
+from torch_paged.cli.bench.generate_ways import Run, _Clock
 from torch_paged.cli.demo import PACKAGED_MODEL
 
 SIZES = Sizes(
@@ -166,6 +166,15 @@ def test_cases_are_what_their_names_say():
     assert SIZES.positions(["one"]) == 25 and SIZES.positions(list(NAMES)) == 37
     short = ragged.shortened(4, 3)
     assert max(map(len, short.prompts)) == 4 and max(short.wishes) == 3
+
+
+def test_rows_end_with_their_wishes():
+    clock = _Clock(GenerateCase("two", [[1, 2, 3], [4]], [1, 3]), width=3, start=0.0)
+    assert [clock(torch.ones(2, 3 + step), None).tolist() for step in (1, 2, 3)] == [[1, 0], [1, 0], [1, 1]]
+    # Beams are more rows than prompts; max_new_tokens ends them.
+    beams = _Clock(GenerateCase("beams", [[1, 2, 3]], [1], {"num_beams": 2}), width=3, start=0.0)
+    assert beams(torch.ones(2, 4), None).tolist() == [0, 0]
+    assert len(clock.marks) == 3 and clock.marks == sorted(clock.marks)
 
 
 def test_a_difference_is_shown():
