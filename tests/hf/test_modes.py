@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
+from transformers.generation import stopping_criteria
 
 import torch_paged
 
@@ -29,7 +32,6 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
     "sampled beams": {"do_sample": True, "num_beams": 3, "num_return_sequences": 2, "top_k": 30},
     "guidance": {"guidance_scale": 1.5},
     "guided beams": {"guidance_scale": 0.7, "num_beams": 2},
-    "no time left": {"max_time": 0.0},
 }
 SCORES: dict[str, dict[str, Any]] = {
     "repetition penalty": {"repetition_penalty": 1.6},
@@ -97,6 +99,29 @@ def test_prompts_without_a_mask(name: str) -> None:
     with watched(model, native=name in NATIVE):
         actual = generate(model, inputs)
     assert_same_tokens(model, expected, actual, prompt=inputs)
+
+
+@pytest.mark.parametrize(
+    ("max_time", "kwargs"),
+    [(0.0, {}), (4.5, {}), (4.5, {"num_beams": 3}), (4.5, {"prompt_lookup_num_tokens": 3})],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_time_runs_out(name: str, max_time: float, kwargs: dict[str, Any]) -> None:
+    """By a clock that goes on by a second whenever stock reads it: at the start and after every step."""
+    model, inputs = tiny(name), batch([20] if "prompt_lookup_num_tokens" in kwargs else RAGGED)
+
+    def run() -> torch.Tensor:
+        clock = SimpleNamespace(time=itertools.count().__next__)
+        with mock.patch.object(stopping_criteria, "time", clock):
+            return generate(model, inputs, max_time=max_time, eos_token_id=None, **kwargs)
+
+    expected = run()
+    with watched(model, native=name in NATIVE):
+        actual = run()
+    assert_same_tokens(model, expected, actual, prompt=inputs)
+    new, steps = expected.shape[1] - inputs["input_ids"].shape[1], 5 if max_time else 1
+    # Of 24; a step of prompt lookup may give several.
+    assert new == steps or ("prompt_lookup_num_tokens" in kwargs and steps < new < 24)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
