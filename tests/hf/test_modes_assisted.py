@@ -1,6 +1,6 @@
 """Assisted decoding: candidates of another model, of the model's first layers or of the prompt, with stock's tokens.
 
-In float64: a rounding must not decide a draw, nor whether an assistant is confident enough to go on.
+In float64, but for a few: a rounding must not decide a draw, nor whether an assistant is confident enough to go on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch_paged
 from torch_paged import PagedCache
 
 from .counting import watched
-from .models import FAMILIES, NATIVE, WINDOW, batch, generate, tiny, tiny_tokenizer
+from .models import FAMILIES, NATIVE, WINDOW, assert_same_tokens, batch, generate, tiny, tiny_tokenizer
 
 NEW = 16
 MODES: dict[str, dict[str, Any]] = {"greedy": {}, "sampling": {"do_sample": True, "temperature": 0.7}}
@@ -97,12 +97,22 @@ def test_candidates_without_an_assistant(name: str, options: dict[str, Any], mod
     assert min(crops) < 0
 
 
-def test_prompt_lookup_on_gathered_blocks() -> None:
-    model, inputs = tiny("diffllama"), batch([8])
-    inputs = {name: torch.cat([tensor] * 4, 1) for name, tensor in inputs.items()}
-    expected = generate(model, inputs, prompt_lookup_num_tokens=4)
-    with watched(model, native=False):
-        assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=4), expected)
+@pytest.mark.parametrize("candidates", ["a model's", "another family's", "the prompt's"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_in_float32(name: str, candidates: str) -> None:
+    """Whichever candidates there are, greedy tokens are those of the model alone."""
+    model, inputs = tiny(name), batch([30])
+    if candidates == "the prompt's":
+        inputs = {key: torch.cat([tensor[:, :10]] * 4, 1) for key, tensor in inputs.items()}
+        kwargs = dict(max_new_tokens=NEW, eos_token_id=None, prompt_lookup_num_tokens=4)
+    else:
+        kwargs = _kwargs(_assistant(name if candidates == "a model's" else "qwen2", torch.float32))
+    expected = generate(model, inputs, **kwargs)
+    with watched(model, native=name in NATIVE), _crops() as crops:
+        actual = generate(model, inputs, **kwargs)
+    assert_same_tokens(model, expected, actual, prompt=inputs)
+    assert_same_tokens(model, generate(model, inputs, max_new_tokens=NEW, eos_token_id=None), actual, prompt=inputs)
+    assert min(crops) < 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 import torch_paged
 
 from .counting import count_calls, messages, watched
-from .models import FAMILIES, NATIVE, batch, generate, tiny
+from .models import FAMILIES, NATIVE, assert_same_tokens, batch, generate, tiny
 
 LENGTHS = [30, 1, 17]
 
@@ -35,21 +35,28 @@ def test_embeddings(name: str, with_ids: bool, num_beams: int) -> None:
     assert torch.equal(actual, expected)
 
 
-def _turns(model: PreTrainedModel, second_lengths: list[int], **kwargs: Any) -> list[torch.Tensor]:
-    """Three turns of a chat; the second one is ragged, padded on the left, in the middle of what the cache holds."""
+Turn = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def _turns(model: PreTrainedModel, second_lengths: list[int], **kwargs: Any) -> list[Turn]:
+    """Prompt and tokens of three turns of a chat.
+
+    The second one is ragged, padded on the left, in the middle of what the cache holds.
+    """
     ids, mask = batch(LENGTHS).values()
-    cache, answers = None, []
+    cache, turns = None, []
     for turn, lengths in enumerate(([], second_lengths, [2, 2, 2])):
         if turn:
             new = batch(lengths, seed=turn)
             ids = torch.cat([ids, new["input_ids"]], 1)
             mask = torch.cat([mask, new["attention_mask"]], 1)
-        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        out = generate(model, inputs, return_dict_in_generate=True, max_new_tokens=6, **kwargs)
-        answers.append(out.sequences[:, ids.shape[1] :])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        options = dict(past_key_values=cache, return_dict_in_generate=True, max_new_tokens=6)
+        out = generate(model, inputs, **options, **kwargs)
+        turns.append((inputs, out.sequences))
         mask = torch.cat([mask, mask.new_ones(len(mask), out.sequences.shape[1] - ids.shape[1])], 1)
         ids, cache = out.sequences, out.past_key_values
-    return answers
+    return turns
 
 
 @pytest.mark.parametrize(
@@ -59,12 +66,17 @@ def _turns(model: PreTrainedModel, second_lengths: list[int], **kwargs: Any) -> 
 @pytest.mark.parametrize("second_lengths", [[5, 5, 5], [7, 2, 1]])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_turns(name: str, second_lengths: list[int], kwargs: dict[str, Any]) -> None:
-    model = tiny(name, torch.float64)
+    # A rounding must not decide a draw.
+    model = tiny(name, torch.float64 if "do_sample" in kwargs else torch.float32)
     expected = _turns(model, second_lengths, **kwargs)
     with torch_paged.paged(model, block_size=4) as handle, count_calls() as calls:
         actual = _turns(model, second_lengths, **kwargs)
         assert handle.stats().blocks_used == 0 < handle.stats().peak_bytes
-    assert [torch.equal(a, b) for a, b in zip(actual, expected, strict=True)] == [True] * 3
+    for (prompt, want), (_, got) in zip(expected, actual, strict=True):
+        assert_same_tokens(model, want, got, prompt=prompt)
+        if not torch.equal(want, got):
+            # What follows a near-tie is another chat.
+            break
     # A window counts the pads in the middle, which are not stored; a chunk may end in pads.
     ragged = second_lengths[1] < second_lengths[0]
     gathers = ragged and (name == "qwen2-sliding" or "prefill_chunk_size" in kwargs)
