@@ -237,9 +237,7 @@ def test_the_models_own_attention_gets_what_it_got(name: str, given: set[str], u
     seen: list[dict[str, Any]] = []
 
     def recording(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        given = dict(module=module, query=query, key=key, value=value, mask=mask, **kwargs)
-        # No window of a layer's own may be passed as None or not at all.
-        seen.append({name: argument for name, argument in given.items() if argument is not None})
+        seen.append(dict(module=module, query=query, key=key, value=value, mask=mask, **kwargs))
         return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
 
     with (

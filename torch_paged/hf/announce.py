@@ -89,8 +89,10 @@ def make_call(
     else:
         say(Support(Path.GATHER, reason))
         if call.valid is not None and _hides_last_of_a_row(cache, call):
-            # What stock computes there, and reads on from, depends on the hidden columns too.
+            # What stock computes there, and reads on from, depends on the hidden columns too: they are stored, and
+            # later masks go on hiding them.
             call = Call(num_seqs, width)
+            cache.state.refusal = reason
     return call
 
 

@@ -25,9 +25,6 @@ def paged_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface over a paged cache.
@@ -35,6 +32,7 @@ def paged_attention(
     Args:
         query: `[batch, heads, width, head_dim]`.
         key, value: what `PagedLayer.update` returned; plain tensors where the call has no PagedCache.
+        **kwargs: `sliding_window`, `softcap` and `s_aux` (sinks) count in a native call; all go to the model's own.
 
     Returns: `[batch, width, heads, v_head_dim]`, and the attention weights where the model's own attention gives them.
 
@@ -44,12 +42,6 @@ def paged_attention(
     if _native_step(key) is None:
         if in_native_call() and attention_mask is None and _is_causal(module, kwargs):
             raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
-        if sliding_window is not None:
-            kwargs["sliding_window"] = sliding_window
-        if softcap is not None:
-            kwargs["softcap"] = softcap
-        if s_aux is not None:
-            kwargs["s_aux"] = s_aux
         output: tuple[Tensor, Tensor | None] = _own_attention(module)(
             module,
             query,
@@ -64,12 +56,12 @@ def paged_attention(
     _require_plain_causal(module, attention_mask, dropout, kwargs)
     assert isinstance(key, PagedKV)
     layer = key.pair.layer
-    window = layer.sliding_window or sliding_window or 0
+    window = layer.sliding_window or kwargs.get("sliding_window") or 0
     assert layer.call is not None
     if window not in (layer.call.windows or {0}):
         raise NeedsOwnAttention(f"{type(module).__name__} has a window of {window or 'all'} tokens, its mask another")
-    out = attend(module, query, key, scaling=scaling, sliding_window=window, softcap=softcap, sinks=s_aux)
-    return out, None
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    return attend(module, query, key, scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks), None
 
 
 def attend(
