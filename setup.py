@@ -24,17 +24,17 @@ from _build import OLDEST_TORCH, TESTED_TORCH, find_torch
 
 ROOT = Path(__file__).parent.resolve()
 SANITIZERS = os.environ.get("TORCH_PAGED_SANITIZE", "")
-BUILD = ROOT / "build" / ("sanitized" if SANITIZERS else "native")
 
 # The stable ABI of torch 2.11: one library loads on every later torch and on any Python.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 CUDA_ARCHITECTURES = "80;90a;100;120"
-INSTRUCTION_SETS = {"baseline": ""}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    wide = "-march=x86-64-v4 -mprefer-vector-width=512"
+# By the compiler's machine, from the slowest to the fastest, with the flags that each takes.
+AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
+INSTRUCTION_SETS = {
     # x86-64 without AVX2 is older than 2013: there the compile time of every change counts for more than speed.
-    INSTRUCTION_SETS["baseline"] = "-O2"
-    INSTRUCTION_SETS |= {"avx2": "-march=x86-64-v3", "avx512": wide, "avx512bf16": f"{wide} -mavx512bf16"}
+    "x86_64": {"baseline": "-O2", "avx2": "-march=x86-64-v3", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"},
+    "aarch64": {"neon": ""},
+}
 
 
 @dataclass
@@ -66,27 +66,28 @@ class BuildNative(build_ext):
                 "libraries; unset it to install, or run the tests with them: `python -m tests.build.sanitized`"
             )
         torch = _require_torch()
-        compiler = _require_compiler()
+        compiler, instruction_sets = _require_compiler()
+        self.folder = _build_folder(compiler)
         ninja = _require_ninja()
         nvcc = None if SANITIZERS else _find_nvcc()
         architectures = _cuda_architectures(nvcc) if nvcc else []
 
-        file = _cpu_part(torch, compiler)
+        file = _cpu_part(torch, compiler, instruction_sets)
         if architectures:
             _cuda_part(file, torch, nvcc, architectures)
         info = {
-            "cpu_instruction_sets": list(INSTRUCTION_SETS),
+            "cpu_instruction_sets": list(instruction_sets),
             "cuda_architectures": architectures,
             "compiler": _first_line([*compiler, "--version"]),
             "nvcc": _first_line([nvcc, "--version"], last=True) if architectures else None,
         }
-        BUILD.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         # Two builds at once in one folder would spoil ninja's log of what is up to date.
-        with (BUILD / "lock").open("w") as lock:
+        with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            _write_if_changed(BUILD / "build.ninja", file.text)
+            _write_if_changed(self.folder / "build.ninja", file.text)
             jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-            if subprocess.call([*ninja, "-C", str(BUILD), *jobs]):
+            if subprocess.call([*ninja, "-C", str(self.folder), *jobs]):
                 without_cuda = "; to build without CUDA, set TORCH_PAGED_CUDA_ARCHS=none" if architectures else ""
                 raise SystemExit(f"torch_paged: the compiler stopped at the error above{without_cuda}")
             self._install(file.libraries, info)
@@ -97,9 +98,9 @@ class BuildNative(build_ext):
         for stale in {"_C.so", "_cuda.so"} - set(libraries):
             (package / stale).unlink(missing_ok=True)
         for name in libraries:
-            if not _same_file(BUILD / name, package / name):
+            if not _same_file(self.folder / name, package / name):
                 # A new inode: a process that has the old library mapped keeps running on it.
-                shutil.copy2(BUILD / name, package / (name + ".new"))
+                shutil.copy2(self.folder / name, package / (name + ".new"))
                 os.replace(package / (name + ".new"), package / name)
         _write_if_changed(package / "_build_info.json", json.dumps(info, indent=2) + "\n")
 
@@ -114,14 +115,14 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def _cpu_part(torch: Path, compiler: list[str]) -> NinjaFile:
+def _cpu_part(torch: Path, compiler: list[str], instruction_sets: dict[str, str]) -> NinjaFile:
     cpu = ROOT / "csrc" / "cpu"
     sources = sorted(cpu.glob("*.cpp"))
     if not sources:
         raise SystemExit(f"torch_paged: no C++ sources in {cpu}; the checkout is incomplete, clone it again")
     objects = [(f"cpu/{source.stem}.o", source, "") for source in sources]
     for source in sorted((cpu / "isa").glob("*.cpp")):
-        for name, flags in INSTRUCTION_SETS.items():
+        for name, flags in instruction_sets.items():
             objects.append((f"cpu/{source.stem}.{name}.o", source, f"{flags} -DPAGED_ISA={name}"))
 
     file = NinjaFile("ninja_required_version = 1.5\n")
@@ -181,22 +182,33 @@ def _require_torch() -> Path:
     return torch
 
 
-def _require_compiler() -> list[str]:
-    """Return the C++ compiler's command after a look whether it knows every instruction set's flags."""
+def _require_compiler() -> tuple[list[str], dict[str, str]]:
+    """Return the C++ compiler's command, and the instruction sets of its machine, whose flags it knows."""
     command = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(command[0]) is None:
         raise SystemExit(
             f"torch_paged: C++ compiler not found: {command[0]}; "
             "install GCC 11+ or Clang 12+ (Debian, Ubuntu: `apt-get install g++`), or name one in CXX"
         )
-    for flags in INSTRUCTION_SETS.values():
+    instruction_sets = INSTRUCTION_SETS.get(_machine(command), {"baseline": ""})
+    for flags in instruction_sets.values():
         probe = [*command, *flags.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", os.devnull]
         if subprocess.run(probe, capture_output=True).returncode:
             raise SystemExit(
                 f"torch_paged: {shlex.join(command)} does not compile C++17 with `{flags}`; "
                 "install GCC 11+ or Clang 12+, or name one in CXX"
             )
-    return command
+    return command, instruction_sets
+
+
+def _machine(compiler: list[str]) -> str:
+    """Return the name of the machine that the compiler compiles for."""
+    return _first_line([*compiler, "-dumpmachine"]).partition("-")[0]
+
+
+def _build_folder(compiler: list[str]) -> Path:
+    name = "sanitized" if SANITIZERS else "native" if _machine(compiler) == platform.machine() else _machine(compiler)
+    return ROOT / "build" / name
 
 
 def _require_ninja() -> list[str]:

@@ -29,7 +29,11 @@
         isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::merge_states                                      \
   }
 
+#if defined(__aarch64__)
+PAGED_INSTRUCTION_SET(neon)
+#else
 PAGED_INSTRUCTION_SET(baseline)
+#endif
 #if defined(__x86_64__)
 PAGED_INSTRUCTION_SET(avx2)
 PAGED_INSTRUCTION_SET(avx512)
@@ -41,7 +45,11 @@ namespace {
 
 // From the slowest to the fastest.
 constexpr CpuKernels kInstructionSets[] = {
+#if defined(__aarch64__)
+    PAGED_KERNELS(neon, [] { return true; }),
+#else
     PAGED_KERNELS(baseline, [] { return true; }),
+#endif
 #if defined(__x86_64__)
     PAGED_KERNELS(avx2, [] { return bool(__builtin_cpu_supports("x86-64-v3")); }),
     PAGED_KERNELS(avx512, [] { return bool(__builtin_cpu_supports("x86-64-v4")); }),

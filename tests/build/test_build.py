@@ -41,6 +41,16 @@ def test_compiles_a_kernel_once_per_instruction_set(checkout):
     assert all(f"{name}::kernel()" in names for name in build_info(checkout)["cpu_instruction_sets"])
 
 
+def test_instruction_sets_are_those_of_the_compilers_machine(checkout):
+    cross = checkout / "cross-g++"
+    cross.write_text('#!/bin/sh\n[ "$1" = -dumpmachine ] && echo aarch64-linux-gnu || exec g++ "$@"\n')
+    cross.chmod(0o755)
+    assert build(checkout, CXX=str(cross)).returncode == 0
+    assert build_info(checkout)["cpu_instruction_sets"] == ["neon"]
+    assert [path.name for path in (checkout / "build/aarch64/cpu").glob("kernel.*.o")] == ["kernel.neon.o"]
+    assert not (checkout / "build/native").exists()
+
+
 def test_rebuilds_what_changed_and_only_that(checkout):
     build(checkout)
     library = checkout / "torch_paged/_C.so"
