@@ -1,6 +1,6 @@
 """Runs the tests of the ops on kernels compiled with GCC's address and undefined behaviour sanitizers.
 
-`python -m tests.build.sanitized [what pytest takes]`, in an environment that has torch_paged's `dev` extra installed.
+`python -m tests.build.sanitized [options of pytest]`, in an environment that has torch_paged's `dev` extra installed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     # By PYTEST_ADDOPTS, so that the pytest that a test starts runs on these kernels too. A finding is written to the
     # process's own stderr as it ends: it would be lost with what pytest captures there.
     options = f"-p tests.build.sanitized -o pythonpath='{package} {ROOT}' --capture=sys"
-    command = [sys.executable, "-m", "pytest", *(arguments or ["-q", *TESTS])]
+    command = [sys.executable, "-m", "pytest", "-q", *TESTS, *arguments]
     return subprocess.call(command, cwd=ROOT, env=environment() | {"PYTEST_ADDOPTS": options})
 
 
