@@ -57,3 +57,14 @@ def test_an_export_reads_through_the_name() -> None:
     with torch_paged.paged(model):
         exported = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=True).module()
     torch.testing.assert_close(exported(**inputs, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_patched_model_compiles_without_a_cache_in_one_graph(name: str) -> None:
+    """Full and sliding masks: nothing of ours that Dynamo cannot trace stands in the way."""
+    model, inputs = tiny(name), batch([20, 20])
+    expected = model(**inputs, use_cache=False).logits
+    torch_paged.patch(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(**inputs, use_cache=False).logits, expected)

@@ -27,8 +27,8 @@ def paged_mask(*args: Any, config: Any, mask_function: Callable[..., Any] = caus
     built. Any other mask, and all of them without a PagedCache in the call or in calls that gather, is that of the mask
     function the model had before the patch.
     """
-    window = None if kwargs.get("use_vmap") else _window(mask_function)
-    if in_native_call() and window is not None:
+    # Asked in native calls alone: Dynamo does not trace how a closure is looked into.
+    if in_native_call() and not kwargs.get("use_vmap") and (window := _window(mask_function)) is not None:
         assert current.call is not None
         current.call.windows.add(window)
         return _NO_MASK if family(config.model_type).converts_mask else None
