@@ -52,7 +52,7 @@ def _native_class(base: type[Any]) -> type[Any]:
             if alibi is not None:
                 if key.shape[2] > EXACT_ALIBI_TOKENS:
                     raise NeedsOwnAttention(f"Falcon rounds its ALiBi bias past {EXACT_ALIBI_TOKENS} tokens")
-                slopes = _alibi_slopes(self.num_heads, hidden_states.device) * self.inv_norm_factor
+                slopes = _alibi_slopes(self.num_heads, self.inv_norm_factor, hidden_states.device)
             out = attend(self, query, key, scaling=self.inv_norm_factor, alibi_slopes=slopes)
             return self.dense(out.flatten(2)), None
 
@@ -60,11 +60,11 @@ def _native_class(base: type[Any]) -> type[Any]:
 
 
 @functools.cache
-def _alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """float32 `[num_heads]`: the bias of the second of two tokens."""
+def _alibi_slopes(num_heads: int, scale: float, device: torch.device) -> Tensor:
+    """float32 `[num_heads]`: the bias of the second of two tokens, scaled as its scores are."""
     mask = torch.ones(1, 2, dtype=torch.long, device=device)
     alibi: Tensor = build_alibi_tensor(mask, num_heads, torch.float32)
-    return alibi[:, 0, 1].contiguous()
+    return alibi[:, 0, 1] * scale
 
 
 def _not_native(config: Any) -> str:
