@@ -86,6 +86,20 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 NATIVE = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-full", "gpt2", "opt", "bloom", "jamba"]
 GATHERED = ["diffllama", "xglm"]
+# With the attention implementation to build them with.
+WITH_IMPLEMENTATION: list[tuple[str, str | None]] = [
+    ("llama", "sdpa"),
+    ("llama", "eager"),
+    ("gpt2", "sdpa"),
+    ("gpt2", "eager"),
+    ("qwen2-sliding", "sdpa"),
+    ("qwen2-sliding", "eager"),
+    ("gemma2", "eager"),
+    ("gpt_oss", "eager"),
+    ("opt", "sdpa"),
+    ("bloom", None),
+    ("diffllama", None),
+]
 
 # One of each kind: full attention, sliding layers beside full ones, learned positions, gathered.
 FAMILIES = ["llama", "qwen2-sliding", "gpt2", "diffllama"]

@@ -28,21 +28,9 @@ from transformers.masking_utils import eager_mask
 import torch_paged
 
 from .counting import count_calls
-from .models import VOCAB, WINDOW, batch, generate, tiny, tiny_t5, twin
+from .models import VOCAB, WINDOW, WITH_IMPLEMENTATION, batch, generate, tiny, tiny_t5, twin
 
-MODELS = [
-    ("llama", "sdpa"),
-    ("llama", "eager"),
-    ("gpt2", "sdpa"),
-    ("gpt2", "eager"),
-    ("qwen2-sliding", "sdpa"),
-    ("qwen2-sliding", "eager"),
-    ("gemma2", "eager"),
-    ("gpt_oss", "eager"),
-    ("opt", "sdpa"),
-    ("bloom", None),
-    ("diffllama", None),
-]
+MODELS = WITH_IMPLEMENTATION
 SOME = [("llama", "sdpa"), ("gpt2", "eager"), ("qwen2-sliding", "sdpa"), *MODELS[-5:]]
 
 

@@ -12,23 +12,10 @@ from transformers import PreTrainedModel
 
 import torch_paged
 
-from .models import batch, generate, tiny, tiny_t5, twin
+from .models import WITH_IMPLEMENTATION, batch, generate, tiny, tiny_t5, twin
 
 # Plain, dropout, windows, softcap, sinks, attention code of its own, a model that gathers, and T5.
-MODELS = [
-    ("llama", "sdpa"),
-    ("llama", "eager"),
-    ("gpt2", "sdpa"),
-    ("gpt2", "eager"),
-    ("qwen2-sliding", "sdpa"),
-    ("qwen2-sliding", "eager"),
-    ("gemma2", "eager"),
-    ("gpt_oss", "eager"),
-    ("opt", "sdpa"),
-    ("bloom", None),
-    ("diffllama", None),
-    ("t5", None),
-]
+MODELS = [*WITH_IMPLEMENTATION, ("t5", None)]
 
 
 def _model(name: str, attn_implementation: str | None) -> PreTrainedModel:
