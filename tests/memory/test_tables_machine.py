@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.memory.small_pool import small_pool
-from torch_paged.memory import BlockTables, PoolExhausted
+from torch_paged.memory import (
+    BlockTables,
+    PoolExhausted,
+    PrefixIndex,
+    block_keys,
+    full_blocks,
+    hit_length,
+    root_key,
+)
 
 NUM_BLOCKS = 20
+ROOT = root_key(b"tenant", b"model")
 # Batches are named by number: Hypothesis keeps what it draws alive, and a batch is to die when it is forgotten.
 WHICH = st.integers(0, 2)
 
@@ -28,7 +37,7 @@ class Row:
 
 
 class TableEdits(RuleBasedStateMachine):
-    """Batches in one pool, each beside the plain lists it must equal."""
+    """Batches in one pool with a prefix index, each beside the plain lists it must equal."""
 
     @initialize(block_size=st.sampled_from([4, 8, 2, 1]), window=st.sampled_from([0, 3, 1, 6, 0]), data=st.data())
     def start(self, block_size, window, data):
@@ -38,6 +47,9 @@ class TableEdits(RuleBasedStateMachine):
         # Key and value cache of both layers; the c-th holds each token plus c / 4.
         self.caches = [cache.numpy() for index in range(2) for cache in self.pool.layer(index, kv, kv)]
         self.batches: list[tuple[BlockTables, list[Row]]] = []
+        self.index = PrefixIndex(self.pool.budget)
+        # All tokens up to the end of a remembered block, and the block; the one used longest ago first.
+        self.remembered: dict[tuple[int, ...], int] = {}
         self.next_token = 1
         self.prompt(2, data)
 
@@ -96,6 +108,48 @@ class TableEdits(RuleBasedStateMachine):
             rows[:] = [Row(row.tokens[:end], row.gone if end else 0) for row, end in zip(rows, ends, strict=True)]
 
     @precondition(lambda self: self.batches)
+    @rule(which=WHICH)
+    def remember(self, which):
+        tables, rows = self.pick(which)
+        for i, row in enumerate(rows):
+            blocks, prefixes = tables.blocks(i)[: len(row.tokens) // self.size], self.prefixes(row.tokens)
+            keys, tokens = self.keys(row.tokens)
+            self.index.put(self.pool.allocator, keys, tokens, blocks)
+            for prefix, block in zip(prefixes, blocks.tolist(), strict=True):
+                if block >= 0:
+                    self.remembered.setdefault(prefix, block)
+            self.touch(prefixes)
+
+    @precondition(lambda self: self.remembered and len(self.batches) < 3)
+    @rule(pick=st.integers(0, 30), steps=st.integers(0, 3))
+    def adopt(self, pick, steps):
+        """A batch of two rows: one that begins with a remembered prefix, as far as there is one, and an empty one."""
+        wanted = list(self.remembered)[pick % len(self.remembered)]
+        keys, tokens = self.keys(wanted)
+        found = self.index.find(self.pool.allocator, keys, tokens)
+        prefixes = self.prefixes(wanted)
+        assert found.tolist() == [self.remembered.get(prefix, -1) for prefix in prefixes]
+        length = hit_length([(self.window, found)], self.size)
+        gone = self.gone(length)
+        assert length == max(
+            n for n in range(len(found) + 1) if all(prefix in self.remembered for prefix in prefixes[self.gone(n) : n])
+        )
+        self.index.touch(keys[:length])
+        self.touch(prefixes[:length])
+        found[length:] = -1
+        found[:gone] = -1
+        tables = BlockTables(self.pool, 2)
+        tables.adopt(np.stack([np.full_like(found, -1), found]), np.array([0, length * self.size]))
+        self.batches.append((tables, [Row(), Row(wanted[: length * self.size], gone)]))
+        if steps:
+            self.decode(len(self.batches) - 1, steps)
+
+    @rule()
+    def flush(self):
+        self.index.flush()
+        self.remembered.clear()
+
+    @precondition(lambda self: self.batches)
     @rule(which=WHICH, how=st.sampled_from(["trim", "release", "forget"]))
     def end(self, which, how):
         if how == "forget":
@@ -113,6 +167,9 @@ class TableEdits(RuleBasedStateMachine):
         assert self.pool.allocator.ref_counts.tolist() == [owners[block] for block in range(NUM_BLOCKS)]
         assert (stats.blocks_used, stats.blocks_free) == (len(owners), NUM_BLOCKS - len(owners))
         assert stats.blocks_shared == sum(count > 1 for count in owners.values())
+        assert stats.blocks_cached == sum(owners[block] == 1 for block in self.remembered.values())
+        for prefix, block in self.remembered.items():
+            self.check_row(Row(prefix, len(prefix) // self.size - 1), [-1] * (len(prefix) // self.size - 1) + [block])
         assert stats.bytes_useful * self.size == self.tokens_stored() * stats.bytes_held // max(1, stats.blocks_used)
         for tables, rows in self.batches:
             block_table, seq_lens = tables.step()
@@ -123,6 +180,7 @@ class TableEdits(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "batches"):
             self.batches.clear()
+            self.index.flush()
             gc.collect()
             assert self.pool.stats().blocks_used == self.pool.budget.used_bytes == 0
 
@@ -141,6 +199,10 @@ class TableEdits(RuleBasedStateMachine):
             -(-(len(row.tokens) + n) // self.size) - -(-len(row.tokens) // self.size)
             for row, n in zip(rows, num_tokens.tolist(), strict=True)
         ) + self.copies_needed(tables, rows, num_tokens)
+        used = set(self.owners()) - set(free)
+        evicted = self.evict(needed - len(free), tables, rows, gone)
+        used -= set(evicted)
+        free = sorted(free + evicted)
         if needed > len(free):
             try:
                 tables.append(num_tokens)
@@ -151,7 +213,6 @@ class TableEdits(RuleBasedStateMachine):
             assert self.state(tables) == before
             return
 
-        used = set(self.owners()) - set(free)
         mapping = tables.append(num_tokens)
         assert set(self.owners()) - used <= set(free[:needed])
         sources, destinations = mapping[:, 0].tolist(), mapping[:, 1].tolist()
@@ -181,12 +242,47 @@ class TableEdits(RuleBasedStateMachine):
             assert (stored == visible[:, None, None] + c / 4).all()
 
     def owners(self):
-        """How many table entries point at each block that is used."""
+        """How many entries of tables and of the index point at each block that is used."""
         entries = (tables.step()[0] for tables, _ in self.batches)
-        return Counter(block for table in entries for block in table.flatten().tolist() if block >= 0)
+        held = Counter(block for table in entries for block in table.flatten().tolist() if block >= 0)
+        return held + Counter(self.remembered.values())
 
     def state(self, tables):
-        return tables.step()[0].tolist(), tables.seq_lens.tolist(), self.pool.stats()
+        return tables.step()[0].tolist(), tables.seq_lens.tolist()
+
+    def prefixes(self, tokens):
+        return [tokens[: end + self.size] for end in range(0, len(tokens) - self.size + 1, self.size)]
+
+    def keys(self, tokens):
+        array = np.array(tokens, dtype=np.int64)
+        return block_keys(ROOT, array, self.size), full_blocks(array, self.size)
+
+    def gone(self, num_blocks):
+        """Of so many blocks, how many the next token does not see."""
+        return max(0, (num_blocks * self.size - self.window + 1) // self.size) if self.window else 0
+
+    def touch(self, prefixes):
+        for prefix in reversed(prefixes):
+            if prefix in self.remembered:
+                self.remembered[prefix] = self.remembered.pop(prefix)
+
+    def evict(self, missing, tables, rows, gone):
+        """Forget unheld prefixes, those used longest ago first, until `missing` blocks are free; the blocks freed."""
+        owners = self.owners()
+        for row, blocks, end in zip(rows, tables.step()[0].tolist(), gone, strict=True):
+            owners.subtract(blocks[row.gone : end])
+        evicted: list[int] = []
+        if missing <= 0 or not any(owners[block] == 1 for block in self.remembered.values()):
+            return evicted
+        for prefix in list(self.remembered):
+            if len(evicted) >= missing:
+                break
+            block = self.remembered.pop(prefix)
+            if owners[block] == 1:
+                evicted.append(block)
+            else:
+                self.remembered[prefix] = block
+        return evicted
 
     def free_after_window(self, tables, rows, gone):
         """The free block ids, ascending, once the blocks before column gone[i] of each row i are given up."""
@@ -207,7 +303,7 @@ class TableEdits(RuleBasedStateMachine):
 
     def tokens_stored(self):
         """Tokens in distinct blocks: of rows that share one, the row with most tokens in it counts."""
-        most = Counter()
+        most = Counter({block: self.size for block in self.remembered.values()})
         for tables, rows in self.batches:
             for row, blocks in zip(rows, tables.step()[0].tolist(), strict=True):
                 for column, block in enumerate(blocks):

@@ -16,7 +16,7 @@ _SCAN = 512
 
 
 class PoolExhausted(RuntimeError):
-    """More blocks were asked for than are free. Nothing has changed: no block was taken.
+    """More blocks were asked for than are free, cached prefixes given up. No block was taken.
 
     Attributes:
         needed: blocks asked for.
@@ -80,12 +80,14 @@ class BlockAllocator:
             int64 `[n]`, ascending.
 
         Raises:
-            PoolExhausted: fewer than `n` are free; nothing was taken and nothing released.
+            PoolExhausted: fewer than `n` are free, cached prefixes given up; nothing was taken or released.
             ValueError: `n` is negative, or `releasing` is not to be released; nothing has changed.
         """
         if n < 0:
             raise ValueError(f"n: {n}; must be at least 0")
         self.release(releasing)
+        if n > self.num_free and self._budget is not None and self._budget.prefix_index is not None:
+            self._budget.prefix_index.evict(self, n)
         free, used = self.num_free, self.num_used
         if n > free:
             self._count(*self._shift(releasing, NO_IDS)[1:])  # undo

@@ -6,10 +6,14 @@ from collections import deque
 from collections.abc import Callable
 from functools import cached_property
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 import torch
 
 from torch_paged.memory.device_memory import device_memory
+
+if TYPE_CHECKING:
+    from torch_paged.memory.prefix_index import PrefixIndex
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _MUST_BE = 'must be bytes (int > 0), a part of the memory (0 < float <= 1), a text like "2GiB" or "500MB", or None'
@@ -26,6 +30,7 @@ class MemoryBudget:
     Attributes:
         lock: held around every edit of a table, an allocator or this budget.
         used_bytes: bytes of the blocks in use.
+        prefix_index: of the pools; gives up cached blocks before one of them is exhausted. None = nothing is cached.
 
     Raises:
         ValueError: `max_memory` is out of range or cannot be read.
@@ -35,6 +40,7 @@ class MemoryBudget:
     def __init__(self, max_memory: int | float | str | None, device: torch.device) -> None:
         self.lock = threading.RLock()
         self.used_bytes = 0
+        self.prefix_index: PrefixIndex | None = None
         self._device = device
         self._limit = parse_max_memory(max_memory)
         self._abandoned: deque[Callable[[], None]] = deque()

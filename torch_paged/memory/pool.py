@@ -82,6 +82,12 @@ class Pool:
         """Blocks with more than one owner."""
         return self._allocator.num_shared if self._allocator else 0
 
+    @property
+    def num_cached(self) -> int:
+        """Blocks that the prefix index alone holds: given up when blocks run out."""
+        index = self.budget.prefix_index
+        return index.num_unheld(self.allocator) if index is not None and self._allocator else 0
+
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The caches of one layer; the first call of all fixes the shape of a block and reserves the memory.
 
@@ -142,6 +148,7 @@ class Pool:
                 bytes_useful=self._num_tokens() * self._bytes // self.block_size,
                 peak_bytes=blocks.peak_used * self._bytes,
                 peak_blocks_shared=blocks.peak_shared,
+                blocks_cached=self.num_cached,
             )
 
     def reset_peak(self) -> None:
@@ -152,8 +159,11 @@ class Pool:
                 self._allocator.reset_peak()
 
     def _num_tokens(self) -> int:
-        """Tokens in the blocks that tables hold, each block counted once, as the row that has most in it sees it."""
+        """Tokens in the blocks in use, each block counted once, as the owner that has most in it sees it."""
         held = [table.tokens_in_blocks() for table in list(self.tables)]
+        if self.budget.prefix_index is not None:
+            cached = self.budget.prefix_index.blocks(self.allocator)
+            held.append((cached, np.full(len(cached), self.block_size)))
         if not held:
             return 0
         ids, tokens = (np.concatenate(parts) for parts in zip(*held, strict=True))

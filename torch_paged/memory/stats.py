@@ -13,6 +13,7 @@ class PoolStats:
         blocks_used: blocks with at least one owner.
         blocks_shared: blocks with more than one.
         blocks_free: blocks that can be allocated now; less than total - used where other pools use up the same budget.
+        blocks_cached: blocks that only the prefix index still holds, given up as soon as blocks run out.
         bytes_held: bytes of the used blocks, all layers of the group.
         bytes_useful: bytes of the tokens in them, each block counted once.
         peak_bytes: the highest `bytes_held` since the start or `reset_peak`; of several pools, the sum of their peaks.
@@ -28,6 +29,7 @@ class PoolStats:
     bytes_useful: int = 0
     peak_bytes: int = 0
     peak_blocks_shared: int = 0
+    blocks_cached: int = 0
     waste: float = field(init=False)
 
     def __post_init__(self) -> None:

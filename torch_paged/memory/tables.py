@@ -138,6 +138,44 @@ class BlockTables:
             slots[~valid] = -1
         return slots.ravel()
 
+    def adopt(self, blocks: Ids, num_tokens: Ints) -> None:
+        """Begin empty rows with blocks that hold their first tokens, shared with whoever holds them.
+
+        Args:
+            blocks: int64 `[num_seqs, width]`, per row the blocks of its first tokens, -1 where a block lies before what
+                the sliding window shows the next token, or behind the row's tokens.
+            num_tokens: int64 `[num_seqs]`, tokens in them; 0 leaves a row as it is.
+
+        Raises:
+            ValueError: a row is not empty, or `blocks` does not hold `num_tokens` or a free block; nothing has changed.
+        """
+        num_tokens = self._per_row(num_tokens)
+        with self._pool.lock:
+            adopting = num_tokens > 0
+            if self.seq_lens[adopting].any():
+                raise ValueError(f"num_tokens: {num_tokens.tolist()}; must be 0 for rows that hold tokens")
+            first = np.where(adopting, self._behind_window(num_tokens), 0)
+            cells = _cells(first, self._num_blocks(num_tokens))
+            needed = np.zeros(blocks.shape, dtype=np.bool_)
+            if len(blocks) != self.num_seqs or (cells[1] >= blocks.shape[1]).any():
+                raise ValueError(f"blocks: shape {list(blocks.shape)}; must hold {num_tokens.tolist()} tokens per row")
+            needed[cells] = True
+            if ((blocks >= 0) != needed).any():
+                raise ValueError(
+                    f"blocks: {blocks.tolist()}; must be those of {num_tokens.tolist()} tokens per row, as far as the "
+                    "next token sees them, and -1 elsewhere"
+                )
+            self._pool.allocator.retain(blocks[cells])
+            self._rows.allocator = self._pool.allocator
+            self._rows.widened(self._num_blocks(num_tokens))[cells] = blocks[cells]
+            self._first = np.where(adopting, first, self._first)
+            self.seq_lens = self.seq_lens + num_tokens
+
+    def blocks(self, row: int) -> Ids:
+        """The blocks of one row, int64 `[blocks of its tokens]`, -1 where they left the sliding window."""
+        ids: Ids = self._rows.table[row, : self._num_blocks(self.seq_lens[row])].astype(np.int64)
+        return ids
+
     def select(self, rows: Ints) -> None:
         """Make old row `rows[i]` the new row `i`: reorder, repeat and drop rows; repeated rows share their blocks.
 
