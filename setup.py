@@ -1,12 +1,14 @@
 """Compiles torch_paged/_C.so and, where nvcc is found, torch_paged/_cuda.so with ninja, in build/native.
 
 With TORCH_PAGED_SANITIZE=address,undefined it compiles _C.so alone, with these sanitizers, in build/sanitized.
+With TORCH_PAGED_EMULATED=1 it compiles _cuda.so alone, for tests/emulator to run on the CPU, in build/emulated.
 """
 
 import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ from _build import OLDEST_TORCH, TESTED_TORCH, find_torch
 
 ROOT = Path(__file__).parent.resolve()
 SANITIZERS = os.environ.get("TORCH_PAGED_SANITIZE", "")
+EMULATED = os.environ.get("TORCH_PAGED_EMULATED") == "1"
 
 # The stable ABI of torch 2.11: one library loads on every later torch and on any Python.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
@@ -65,6 +68,11 @@ class BuildNative(build_ext):
                 f"torch_paged: TORCH_PAGED_SANITIZE={SANITIZERS}: kernels that load nowhere without the sanitizers' "
                 "libraries; unset it to install, or run the tests with them: `python -m tests.build.sanitized`"
             )
+        if EMULATED and self.inplace:
+            raise SystemExit(
+                "torch_paged: TORCH_PAGED_EMULATED=1: kernels that only the tests can run; unset it to install, "
+                "or run `pytest tests/ops -k cuda-emulated`"
+            )
         torch = _require_torch()
         compiler, instruction_sets = _require_compiler()
         self.folder = _build_folder(compiler)
@@ -72,7 +80,9 @@ class BuildNative(build_ext):
         nvcc = None if SANITIZERS else _find_nvcc()
         architectures = _cuda_architectures(nvcc) if nvcc else []
 
-        file = _cpu_part(torch, compiler, instruction_sets)
+        file = NinjaFile("ninja_required_version = 1.5\n")
+        if not EMULATED:
+            _cpu_part(file, torch, compiler, instruction_sets)
         if architectures:
             _cuda_part(file, torch, nvcc, architectures)
         info = {
@@ -115,7 +125,7 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def _cpu_part(torch: Path, compiler: list[str], instruction_sets: dict[str, str]) -> NinjaFile:
+def _cpu_part(file: NinjaFile, torch: Path, compiler: list[str], instruction_sets: dict[str, str]) -> None:
     cpu = ROOT / "csrc" / "cpu"
     sources = sorted(cpu.glob("*.cpp"))
     if not sources:
@@ -125,7 +135,6 @@ def _cpu_part(torch: Path, compiler: list[str], instruction_sets: dict[str, str]
         for name, flags in instruction_sets.items():
             objects.append((f"cpu/{source.stem}.{name}.o", source, f"{flags} -DPAGED_ISA={name}"))
 
-    file = NinjaFile("ninja_required_version = 1.5\n")
     # No -ffast-math: it would break NaN and -inf, which masking and empty rows rely on.
     flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall"
     if "clang" not in _first_line([*compiler, "--version"]):
@@ -141,7 +150,6 @@ def _cpu_part(torch: Path, compiler: list[str], instruction_sets: dict[str, str]
     file.rule("cxx", command, depfile=True)
     file.rule("link", f"{shlex.join(compiler)} -shared{sanitize} $in {_link_torch(torch, '-Wl,')} -o $out")
     file.library("_C.so", objects, "cxx", "link")
-    return file
 
 
 def _cuda_part(file: NinjaFile, torch: Path, nvcc: str, architectures: list[str]) -> None:
@@ -149,16 +157,25 @@ def _cuda_part(file: NinjaFile, torch: Path, nvcc: str, architectures: list[str]
     sources = sorted([*cuda.glob("*.cu"), *cuda.glob("*.cpp")])
     if not sources:
         raise SystemExit(f"torch_paged: no CUDA sources in {cuda}; the checkout is incomplete, clone it again")
-    targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-    # PTX of the last one lets later GPUs run it too.
-    targets.append(f"-gencode arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    link = f"-cudart static $in {_link_torch(torch, '-Xlinker ')}"
+    if EMULATED:
+        # PTX alone, as text with the source's lines: tests/emulator reads it out of the library.
+        targets = ["-gencode arch=compute_80,code=compute_80 -lineinfo --no-compress"]
+        stand_ins = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
+        sources += stand_ins
+        wrapped = sorted({name for s in stand_ins for name in re.findall(r"__wrap_(\w+)\(", s.read_text())})
+        wraps = " ".join(f"-Xlinker --wrap={name}" for name in wrapped)
+        link = f"-cudart none $in {wraps} -Xlinker -Bsymbolic {_link_torch(torch, '-Xlinker ')}"
+    else:
+        targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
+        # PTX of the last one lets later GPUs run it too.
+        targets.append(f"-gencode arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
     command = (
         f"{shlex.quote(nvcc)} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {' '.join(targets)} "
         f"{_torch_flags(torch)} -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
     )
     file.rule("nvcc", command, depfile=True)
-    link = f"{shlex.quote(nvcc)} -shared -cudart static $in {_link_torch(torch, '-Xlinker ')} -o $out"
-    file.rule("nvlink", link)
+    file.rule("nvlink", f"{shlex.quote(nvcc)} -shared {link} -o $out")
     file.library("_cuda.so", [(f"cuda/{s.name}.o", s, "") for s in sources], "nvcc", "nvlink")
 
 
@@ -207,8 +224,9 @@ def _machine(compiler: list[str]) -> str:
 
 
 def _build_folder(compiler: list[str]) -> Path:
-    name = "sanitized" if SANITIZERS else "native" if _machine(compiler) == platform.machine() else _machine(compiler)
-    return ROOT / "build" / name
+    if SANITIZERS or EMULATED:
+        return ROOT / "build" / ("sanitized" if SANITIZERS else "emulated")
+    return ROOT / "build" / ("native" if _machine(compiler) == platform.machine() else _machine(compiler))
 
 
 def _require_ninja() -> list[str]:

@@ -1,6 +1,7 @@
 """Settings and fixtures that every test folder shares."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,15 +19,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The device to run an op on; the test module names the op in OP."""
+@pytest.fixture(params=["cpu", "cuda-emulated", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device to run an op on; the test module names the op in OP.
+
+    `cuda-emulated` runs the CUDA library's own host code and PTX on tensors of the CPU.
+    """
     import torch
 
-    device: str = request.param
-    if device == "cuda":
+    op = request.module.OP
+    if request.param == "cuda-emulated":
+        from tests.emulator import library
+
+        if not library.has_nvcc():
+            pytest.skip(library.NO_NVCC)
+        with library.emulated(op) as ops:
+            if op not in ops.names:
+                pytest.skip(f"paged::{op} has no CUDA kernel")
+            yield "cpu"
+        return
+    if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"paged::{request.module.OP}", "CUDA"):
-            pytest.skip(f"paged::{request.module.OP} has no CUDA kernel")
-    return device
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"paged::{op}", "CUDA"):
+            pytest.skip(f"paged::{op} has no CUDA kernel")
+    yield request.param
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a backend has no kernel for, or takes too long for."""
+    out = [item for item in items if not _runs(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
+def _runs(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", None)
+    backend = parameters.params.get("backend", "cpu") if parameters else "cpu"
+    if backend == "cpu" or "dtype" not in parameters.params:
+        return True
+    import torch
+
+    # Other dtypes are the CPU's alone.
+    on_cuda = getattr(item.module, "CUDA_DTYPES", (torch.float32, torch.bfloat16, torch.float16))
+    return parameters.params["dtype"] in on_cuda

@@ -143,3 +143,9 @@ def test_backend_asks_for_torch_only_where_none_fits(monkeypatch, tmp_path):
     assert _build.torch_if_missing() == ["torch==2.13.0"]
     version.write_text("__version__ = '2.11.0'\n")
     assert _build.find_torch() == tmp_path / "torch"
+
+
+def test_emulated_kernels_are_not_installed(checkout):
+    ran = build(checkout, TORCH_PAGED_EMULATED="1")
+    assert fails_with_one_line(ran), ran.stderr
+    assert "TORCH_PAGED_EMULATED=1: kernels that only the tests can run" in ran.stderr

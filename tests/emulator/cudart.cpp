@@ -1,0 +1,177 @@
+// Stands in for the CUDA runtime: hands every launch to a callback, with the PTX that the kernel was registered with.
+//
+// The device is one of compute capability 8.6, the one with the least shared memory of those that the kernels are for.
+#include "cudart.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <string>
+#include <utility>
+
+namespace {
+
+struct Kernel {
+  const void* fat_binary;
+  std::string name;
+  size_t max_dynamic_shared = 48 * 1024;
+};
+
+// Static initialisers of other files register kernels, so this must exist before any of them.
+std::map<const void*, Kernel>& kernels() {
+  static std::map<const void*, Kernel> registered;
+  return registered;
+}
+
+struct Launch {
+  dim3 grid, block;
+  size_t dynamic_shared;
+  cudaStream_t stream;
+};
+
+constexpr int kNumMultiprocessors = 16, kThreadsPerMultiprocessor = 1536, kBlocksPerMultiprocessor = 16;
+constexpr size_t kMaxSharedPerBlock = 99 * 1024, kSharedPerMultiprocessor = 100 * 1024, kReservedShared = 1024;
+
+LaunchCallback launch_callback = nullptr;
+Launch configured;
+cudaError_t last_error = cudaSuccess;
+
+cudaError_t keep(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+cudaError_t launch(const void* function, const Launch& launch, void** arguments) {
+  const auto found = kernels().find(function);
+  if (found == kernels().end()) return keep(cudaErrorInvalidDeviceFunction);
+  const Kernel& kernel = found->second;
+  const dim3 grid = launch.grid, block = launch.block;
+  const bool is_valid = launch.dynamic_shared <= kernel.max_dynamic_shared && block.x * block.y * block.z <= 1024 &&
+                        block.x * block.y * block.z > 0 && block.z <= 64 && grid.x > 0 && grid.y > 0 && grid.z > 0 &&
+                        grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16;
+  if (!is_valid) return keep(cudaErrorInvalidConfiguration);
+  const unsigned grid_sizes[] = {grid.x, grid.y, grid.z}, block_sizes[] = {block.x, block.y, block.z};
+  const int failed = launch_callback(kernel.fat_binary, kernel.name.c_str(), grid_sizes, block_sizes,
+                                     launch.dynamic_shared, arguments);
+  return keep(failed ? cudaErrorLaunchFailure : cudaSuccess);
+}
+
+int attribute(cudaDeviceAttr attribute) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: return kNumMultiprocessors;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: return kThreadsPerMultiprocessor;
+    case cudaDevAttrMaxBlocksPerMultiprocessor: return kBlocksPerMultiprocessor;
+    case cudaDevAttrMaxThreadsPerBlock: return 1024;
+    case cudaDevAttrMaxSharedMemoryPerBlock: return 48 * 1024;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return kMaxSharedPerBlock;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return kSharedPerMultiprocessor;
+    case cudaDevAttrReservedSharedMemoryPerBlock: return kReservedShared;
+    case cudaDevAttrComputeCapabilityMajor: return 8;
+    case cudaDevAttrComputeCapabilityMinor: return 6;
+    case cudaDevAttrWarpSize: return 32;
+    case cudaDevAttrL2CacheSize: return 6 << 20;
+    default: return -1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) void emulate_launches(LaunchCallback callback) { launch_callback = callback; }
+
+void** __cudaRegisterFatBinary(void* wrapper) {
+  // The wrapper holds a magic number, a version and the pointer; the handle only has to lead back to it.
+  return reinterpret_cast<void**>(static_cast<char*>(wrapper) + 8);
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+void __cudaRegisterFunction(void** fat_binary, const char* function, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
+  kernels()[function] = {*fat_binary, name};
+}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream) {
+  configured = {grid, block, dynamic_shared, stream};
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* dynamic_shared, void* stream) {
+  *grid = configured.grid;
+  *block = configured.block;
+  *dynamic_shared = configured.dynamic_shared;
+  *static_cast<cudaStream_t*>(stream) = configured.stream;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(void** kernel, const void* function) {
+  *kernel = const_cast<void*>(function);
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
+  return launch(kernel, {grid, block, shared, stream}, arguments);
+}
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t stream) {
+  return launch(function, {grid, block, shared, stream}, arguments);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+  return launch(function, {config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream}, arguments);
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  const auto found = kernels().find(function);
+  if (found == kernels().end()) return keep(cudaErrorInvalidDeviceFunction);
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (size_t(value) > kMaxSharedPerBlock) return keep(cudaErrorInvalidValue);
+    found->second.max_dynamic_shared = value;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* num_blocks, const void*, int block_size,
+                                                                   size_t dynamic_shared, unsigned) {
+  // Without the registers, of which PTX knows nothing.
+  const int by_threads = kThreadsPerMultiprocessor / std::max(block_size, 1);
+  const int by_shared = int(kSharedPerMultiprocessor / (dynamic_shared + kReservedShared));
+  *num_blocks = std::min({kBlocksPerMultiprocessor, by_threads, by_shared});
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, const void* function, int block_size,
+                                                          size_t dynamic_shared) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(num_blocks, function, block_size, dynamic_shared, 0);
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = attribute(which);
+  return *value < 0 ? keep(cudaErrorNotSupported) : cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? "the emulator found an error in a kernel" : "emulated CUDA error";
+}
+const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
+
+// Work on a stream is done by the time its call returns.
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t count, cudaMemcpyKind, cudaStream_t) {
+  std::memmove(to, from, count);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t count, cudaStream_t) {
+  std::memset(to, value, count);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+}  // extern "C"

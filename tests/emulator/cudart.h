@@ -1,0 +1,7 @@
+// What the stand-in for the CUDA runtime calls back.
+#pragma once
+#include <cstddef>
+
+// `fat_binary` holds the PTX of `kernel`; returns 0, or anything else where the launch failed.
+using LaunchCallback = int (*)(const void* fat_binary, const char* kernel, const unsigned* grid, const unsigned* block,
+                               size_t dynamic_shared, void** arguments);

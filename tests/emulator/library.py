@@ -1,0 +1,168 @@
+"""Builds the CUDA library for the emulator, loads it, and runs ops of it on tensors of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torch_paged.ops
+from tests.emulator.fat_binary import ptx_of
+from tests.emulator.launch import Emulator
+from tests.emulator.memory import GlobalMemory
+from tests.emulator.ptx import Module
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "emulated"
+NAMESPACE = "paged_emulated"
+NO_NVCC = "nvcc, which compiles the kernels to PTX, is not on PATH; install the CUDA toolkit's nvcc to run this"
+
+_UINT3 = ctypes.POINTER(ctypes.c_uint * 3)
+_Launch = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, _UINT3, _UINT3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+)
+_Allocation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+
+
+def has_nvcc() -> bool:
+    return shutil.which("nvcc") is not None
+
+
+def build() -> Path:
+    """Compile what changed of csrc/cuda to PTX and host code; return the library.
+
+    Raises:
+        RuntimeError: the compiler failed; the text is what it said.
+    """
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILD / "package")]
+    environment = os.environ | {"TORCH_PAGED_EMULATED": "1", "TORCH_PAGED_CUDA_ARCHS": "80"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"the emulated library does not build:\n{ran.stdout}\n{ran.stderr}")
+    return BUILD / "package" / "torch_paged" / "_cuda.so"
+
+
+class EmulatedOps:
+    """The ops of one emulated library, as `call(op, *arguments)`."""
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(str(path))
+        self._library = ctypes.CDLL(str(path))
+        # Kept: C++ holds no reference to them.
+        self._callbacks = _Launch(self._launch), _Allocation(self._allocated)
+        self._library.emulate_launches(self._callbacks[0])
+        self._library.emulate_allocations(self._callbacks[1])
+        self._definitions = torch.library.Library(NAMESPACE, "DEF")
+        self.names = self._define_ops()
+        self._emulators: dict[int, Emulator] = {}
+        # The arguments of the call that is running, and what it has allocated.
+        self.memory = GlobalMemory()
+        self._error: Exception | None = None
+        self.num_launches = 0
+
+    def _define_ops(self) -> list[str]:
+        """Define the ops of `torch.ops.paged` in the emulator's namespace; return those that the library has."""
+        names = [name for name in torch_paged.ops.__all__ if hasattr(torch.ops.paged, name)]
+        for name in names:
+            schema = str(getattr(torch.ops.paged, name).default._schema)
+            self._definitions.define(schema.replace("paged::", "", 1))
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        return [name for name in names if has_kernel(f"{NAMESPACE}::{name}", "CPU")]
+
+    def call(self, op: str, *arguments: Any, **options: Any) -> Any:
+        """Run an op of `torch.ops.paged` by its CUDA kernels.
+
+        Raises:
+            Finding: a kernel does something wrong, whatever numbers come out.
+            RuntimeError: the op refuses its arguments.
+        """
+        schema = getattr(torch.ops.paged, op).default._schema
+        with self._tensors(schema, arguments, options):
+            try:
+                return getattr(getattr(torch.ops, NAMESPACE), op)(*arguments, **options)
+            except RuntimeError:
+                if self._error is not None:
+                    raise self._error from None
+                raise
+
+    @contextmanager
+    def _tensors(self, schema: Any, arguments: tuple, options: dict[str, Any]) -> Iterator[None]:
+        """Make the memory of the op's tensors the global memory of its kernels."""
+        names = [argument.name for argument in schema.arguments]
+        values = dict(zip(names, arguments, strict=False)) | options
+        self._error = None
+        for argument in schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in _tensors_in(values.get(argument.name)):
+                storage = tensor.untyped_storage()
+                self.memory.add(argument.name, storage.data_ptr(), storage.nbytes(), writable=written)
+        try:
+            yield
+        finally:
+            self.memory.clear()
+
+    def _allocated(self, address: int, size: int, initialised: int) -> None:
+        self.memory.add("a new tensor", address, size, writable=True, initialised=bool(initialised))
+        if not initialised:
+            # NaN in every floating-point format.
+            ctypes.memset(address, 0xFF, size)
+
+    def _launch(self, fat_binary: int, kernel: bytes, grid: Any, block: Any, shared: int, arguments: Any) -> int:
+        try:
+            emulator = self._emulator(fat_binary)
+            program = emulator.program(kernel.decode())
+            parameters = bytearray()
+            for n, variable in enumerate(program.kernel.parameters):
+                parameters += bytes(-len(parameters) % variable.align)
+                parameters += ctypes.string_at(arguments[n], variable.size)
+            emulator.launch(program.kernel.name, tuple(grid[0]), tuple(block[0]), shared, bytes(parameters))
+            self.num_launches += 1
+            return 0
+        except Exception as error:
+            # An exception does not pass through C++: the runtime reports a failed launch, `call` raises this.
+            self._error = error
+            return 1
+
+    def _emulator(self, fat_binary: int) -> Emulator:
+        if fat_binary not in self._emulators:
+            self._emulators[fat_binary] = Emulator(Module(ptx_of(fat_binary)), self.memory)
+        return self._emulators[fat_binary]
+
+
+@functools.cache
+def emulated_ops() -> EmulatedOps:
+    """Build and load the library, once in a process."""
+    return EmulatedOps(build())
+
+
+@contextmanager
+def emulated(op: str) -> Iterator[EmulatedOps]:
+    """Let `torch.ops.paged.<op>`, and what the tests of an op call beside it, run on the CUDA kernels emulated.
+
+    Ops without a CUDA kernel keep running on the CPU's.
+    """
+    ops = emulated_ops()
+    library = torch.library.Library("paged", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+            for name in ops.names:
+                library.impl(name, functools.partial(ops.call, name), "CPU", allow_override=True)
+        yield ops
+    finally:
+        library._destroy()
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value) if isinstance(value, list) else []
