@@ -52,4 +52,6 @@ def _not_native(config: Any) -> str:
     return ""
 
 
-FAMILY = Family(attention="BloomAttention", native_class=_native_class, not_native=_not_native)
+FAMILY = Family(
+    attention="BloomAttention", native_class=_native_class, not_native=_not_native, packed_without_positions=True
+)

@@ -43,4 +43,4 @@ def _slopes(position_bias: Tensor) -> Tensor:
     return -position_bias[:, 0, -2].float()
 
 
-FAMILY = Family(attention="MptAttention", native_class=_native_class, converts_mask=True)
+FAMILY = Family(attention="MptAttention", native_class=_native_class, converts_mask=True, packed_without_positions=True)

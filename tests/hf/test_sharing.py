@@ -25,7 +25,7 @@ def test_expanded_prompts_are_prefilled_once(kwargs: dict[str, int], lengths: li
         actual = generate(model, inputs, max_new_tokens=NEW, eos_token_id=None, **kwargs)
     assert_same_tokens(model, expected, actual, prompt=inputs)
     rows = 4 * len(lengths)
-    assert tokens == [32 * len(lengths)] + [rows] * (NEW - 1)
+    assert tokens == [sum(lengths)] + [rows] * (NEW - 1)
 
 
 def test_samples_hold_the_prompts_blocks_once() -> None:

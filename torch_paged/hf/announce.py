@@ -14,23 +14,12 @@ from torch_paged.hf.support import Path, Support
 
 
 @contextmanager
-def announced(
-    inputs: dict[str, Any], *, native: bool, refusal: str | None = None, say: Callable[[Support], None]
-) -> Iterator[None]:
-    """Announce the forward pass over `inputs` to its PagedCache, if it has one; take it back if the pass raises.
-
-    Args:
-        inputs: the model's arguments by name.
-        native: the model's attention can read blocks in place.
-        refusal: why it cannot in this call, if so.
-        say: told why this call does not, where it does not.
+def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
+    """Announce the forward pass `call` to its cache, if there is one; take it back if the pass raises.
 
     Raises:
         NeedsOwnAttention: from the pass, which was announced as native and cannot be.
     """
-    cache = inputs.get("past_key_values")
-    cache = cache if isinstance(cache, PagedCache) else None
-    call = None if cache is None else make_call(cache, inputs, native=native, refusal=refusal, say=say)
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
     outer, current.call = current.call, call
     try:
@@ -54,6 +43,12 @@ def make_call(
     say: Callable[[Support], None],
 ) -> Call | None:
     """The Call for these model inputs; None if they are of a kind that only the layers can tell.
+
+    Args:
+        inputs: the model's arguments by name.
+        native: the model's attention can read blocks in place.
+        refusal: why it cannot in this call, if so.
+        say: told why this call does not, where it does not.
 
     Raises:
         ValueError: the mask shows columns that were hidden, and therefore not stored, in an earlier call; or the cache

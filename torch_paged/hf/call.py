@@ -13,8 +13,10 @@ class Call:
     """One forward pass: `width` new columns for each of `num_seqs` rows.
 
     Attributes:
-        valid: bool `[num_seqs, width]`, which of the new columns hold tokens to store; None if all do.
+        valid: bool `[num_seqs, width]`, which of the new columns hold tokens; None if all do.
         native: our attention reads the blocks in place; else layers see gathered tensors and a dense mask.
+        packed: int64 `[num_seqs]`, how many tokens of each row the model sees, all in one row of its inputs, one
+            sequence after the other; None: it sees every column, `[num_seqs, width]`.
         windows: of the masks that the model asked for in a native call, 0 for a causal one.
         num_tokens: int64 `[num_seqs]`, tokens to store per row.
         left_padded: in every row the stored tokens are the last ones, so that queries and keys align at the end.
@@ -24,17 +26,26 @@ class Call:
     width: int
     valid: np.ndarray | None = None
     native: bool = False
+    packed: np.ndarray | None = None
     windows: set[int] = field(default_factory=set)
     num_tokens: np.ndarray = field(init=False)
     left_padded: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.valid is None:
+        if self.packed is not None:
+            self.num_tokens = self.packed
+            self.left_padded = False
+        elif self.valid is None:
             self.num_tokens = np.full(self.num_seqs, self.width, dtype=np.int64)
             self.left_padded = True
         else:
             self.num_tokens = self.valid.sum(1, dtype=np.int64)
             self.left_padded = not bool((self.valid[:, :-1] & ~self.valid[:, 1:]).any())
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """`(batch, width)` of what the model sees."""
+        return (self.num_seqs, self.width) if self.packed is None else (1, int(self.packed.sum()))
 
 
 @dataclass
@@ -52,6 +63,8 @@ class Columns:
     holes: bool = False
 
     def append(self, call: Call) -> None:
+        if call.width == 0:
+            return
         self.holes = self.holes_with(call)
         self.count += call.width
         if call.valid is not None:

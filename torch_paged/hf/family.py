@@ -68,6 +68,8 @@ class Family:
         native_class: that class, a subclass of the one it is given.
         not_native: why it cannot for a certain config of this type; "" if it can.
         converts_mask: the model computes with its mask and cannot do with None.
+        packed_without_positions: tokens of different rows can stand in one row of its inputs though it takes no
+            position_ids, as its attention alone depends on positions.
     """
 
     reason: str = ""
@@ -76,6 +78,7 @@ class Family:
     native_class: Callable[[type[Any]], type[Any]] | None = None
     not_native: Callable[[Any], str] = lambda config: ""
     converts_mask: bool = False
+    packed_without_positions: bool = False
 
     def install(self, model: nn.Module) -> None:
         """Give the attention modules of `model` the class that reads blocks in native calls."""

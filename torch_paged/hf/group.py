@@ -18,10 +18,10 @@ class Step:
     """The tensors that every layer of a group shares in one forward pass, made once.
 
     Attributes:
-        block_table: int32 `[num_seqs, blocks]`, -1 = no block.
+        block_table: int32 `[num_seqs, blocks]`, -1 = no block; in a packed call the rows that have tokens in it.
         seq_lens: int32 `[num_seqs]`, the new tokens included.
         cu_seqlens_q: int32 `[num_seqs + 1]` into the query rows.
-        slot_mapping: int64 `[num_seqs * width]`, -1 where a column is not stored.
+        slot_mapping: int64 `[num_seqs * width]`, -1 where a column is not stored; packed `[tokens]`.
         query_rows: int64, the rows of the flattened query to attend with; None: all, pads lie before position 0.
     """
 
@@ -53,17 +53,22 @@ class LayerGroup:
             self.tables.append(call.num_tokens, self.pool.copy_blocks)
             # From here on a rollback has something to undo.
             self.call, self.step = call, None
-            slots = self.tables.slots(call.num_tokens, call.valid, call.width)
-            block_table, seq_lens = self.tables.step()
+            if call.packed is None:
+                slots = self.tables.slots(call.num_tokens, call.valid, call.width)
+                block_table, seq_lens = self.tables.step()
+            else:
+                slots = self.tables.packed_slots(call.num_tokens)
+                block_table, seq_lens = self.tables.step(np.flatnonzero(call.num_tokens))
         device = self.key.device
+        rows, max_query_len = None, call.width
         if call.left_padded:
             starts = np.arange(call.num_seqs + 1, dtype=np.int32) * np.int32(call.width)
-            rows, max_query_len = None, call.width
         else:
-            assert call.valid is not None
-            starts = np.concatenate([[0], np.cumsum(call.num_tokens)]).astype(np.int32)
-            rows = torch.from_numpy(np.flatnonzero(call.valid)).to(device)
-            max_query_len = int(call.num_tokens.max(initial=0))
+            lengths = call.num_tokens if call.packed is None else call.num_tokens[call.num_tokens > 0]
+            starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            max_query_len = int(lengths.max(initial=0))
+            if call.valid is not None and call.packed is None:
+                rows = torch.from_numpy(np.flatnonzero(call.valid)).to(device)
         self.step = Step(
             block_table=block_table,
             seq_lens=seq_lens,

@@ -82,7 +82,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         batch, num_kv_heads, width, head_dim = key_states.shape
         call = self.state.call
-        if call is None or call is self.call or (call.num_seqs, call.width) != (batch, width):
+        if call is None or call is self.call or call.input_shape != (batch, width):
             # Nobody announced this forward pass: an unpatched model, or a layer called by itself.
             self.state.say_unannounced()
             call = self.state.announce(Call(batch, width))
@@ -102,8 +102,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             step.slot_mapping,
         )
         self.call = call
-        self.columns += width
-        pair = GatheredPair(self, self._seen(width))
+        self.columns += call.width
+        pair = GatheredPair(self, self._seen(call.width))
 
         def result(position: int, like: Tensor) -> Tensor:
             return PagedKV(pair, position, like) if call.native else pair.tensors()[position]
@@ -127,7 +127,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
         step = self.step
-        block_table, seq_lens = (step.block_table, step.seq_lens) if step else self.group.tables.step()
+        if step is not None and self.call is not None and self.call.packed is None:
+            block_table, seq_lens = step.block_table, step.seq_lens
+        else:
+            block_table, seq_lens = self.group.tables.step()
         # The columns of a block that left the window are cut off or masked: any block's content will do.
         block_table = block_table.clamp(min=0)
         all_stored = self.state.columns.all_stored

@@ -11,13 +11,16 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
-from torch_paged.hf.announce import announced
+from torch_paged.hf.announce import announced, make_call
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention, current
 from torch_paged.hf.disguise import disguise
+from torch_paged.hf.packed import Forward
+from torch_paged.hf.packing import call_problem, pack_problem
 from torch_paged.hf.prefill import prefill_once
 from torch_paged.hf.random_state import RandomState
 from torch_paged.hf.support import Path, implementation_reason, training_reason
+from torch_paged.hf.unpadded import run_unpadded
 
 if TYPE_CHECKING:
     from torch_paged.hf.handle import PagedHandle
@@ -90,20 +93,32 @@ def _announced_call(
         base: the stock class of `model`.
         named: `args` and `kwargs` by name.
     """
-    call = base.__call__ if model._compiled_call_impl is None else base._call_impl
+    run = Forward(base, model)
+    cache = named.get("past_key_values")
+    if not isinstance(cache, PagedCache):
+        with announced(None, None):
+            return run(*args, **kwargs)
     native = handle.support(model).path is Path.NATIVE
     refusal = training_reason(model) or implementation_reason(model)
     random_state = RandomState() if model.training else None
     try:
-        with announced(named, native=native, refusal=refusal, say=handle.say):
-            return call(model, *args, **kwargs)
+        call = make_call(cache, named, native=native, refusal=refusal, say=handle.say)
+        if (
+            call is not None
+            and call.native
+            and call.valid is not None
+            and pack_problem(model, cache) is None
+            and call_problem(run, named) is None
+        ):
+            return run_unpadded(run, cache, call, named)
+        with announced(cache, call):
+            return run(*args, **kwargs)
     except NeedsOwnAttention as needs:
-        cache: PagedCache = named["past_key_values"]
         cache.refuse(str(needs))
     if random_state is not None:
         random_state.restore()
-    with announced(named, native=native, say=handle.say):
-        return call(model, *args, **kwargs)
+    with announced(cache, make_call(cache, named, native=native, say=handle.say)):
+        return run(*args, **kwargs)
 
 
 def is_plain_dynamic(cache: Any) -> bool:

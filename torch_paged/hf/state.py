@@ -49,6 +49,13 @@ class CacheState:
             reason = "a cache is used past the call of a patched model: torch_paged.patch(model), then model(...)"
             self.voice.say(Support(Path.GATHER, reason), strict=self.pools.config.strict)
 
+    @property
+    def seq_lens(self) -> np.ndarray:
+        """int64 `[num_seqs]`, tokens stored of each row, those behind a sliding window included."""
+        for group in self.groups.values():
+            return group.tables.seq_lens
+        return np.zeros(self.num_seqs or 0, dtype=np.int64)
+
     def group(self, key: GroupKey) -> LayerGroup:
         group = self.groups.get(key)
         if group is None:
@@ -66,7 +73,7 @@ class CacheState:
         if self.call is call:
             self.columns.crop(call.width)
             self.call = None
-            if self.columns.count == 0:
+            if self.columns.count == 0 and not self.seq_lens.any():
                 self.release()
 
     def crop(self, width: int) -> None:

@@ -176,6 +176,26 @@ class BlockTables:
         ids: Ids = self._rows.table[row, : self._num_blocks(self.seq_lens[row])].astype(np.int64)
         return ids
 
+    def packed_slots(self, num_tokens: Ints) -> Ints:
+        """`slots` of rows that stand one after the other, without columns in between.
+
+        Args:
+            num_tokens: int64 `[num_seqs]`, as given to `append`.
+
+        Returns:
+            slot_mapping: int64 `[num_tokens.sum()]`, row by row.
+
+        Raises:
+            ValueError: `num_tokens` has another shape, negative values or more than a row holds.
+        """
+        num_tokens = self._per_row(num_tokens, at_most=self.seq_lens)
+        rows = np.repeat(np.arange(self.num_seqs), num_tokens)
+        before = num_tokens.cumsum() - num_tokens
+        position = np.arange(len(rows)) + np.repeat(self.seq_lens - num_tokens - before, num_tokens)
+        block = self._rows.table[rows, position // self._size].astype(np.int64)
+        slots: Ints = block * self._size + position % self._size
+        return slots
+
     def select(self, rows: Ints) -> None:
         """Make old row `rows[i]` the new row `i`: reorder, repeat and drop rows; repeated rows share their blocks.
 
@@ -223,6 +243,20 @@ class BlockTables:
             self._rows.table[dropped] = -1
             self._first, self.seq_lens = np.where(end > 0, self._first, 0), end
 
+    def empty(self, rows: Ints) -> None:
+        """Give the blocks of these rows back, at once; they stay rows of the batch, without tokens.
+
+        Args:
+            rows: int64, in `[0, num_seqs)`.
+        """
+        with self._pool.lock:
+            held = self._rows.table[rows]
+            self._rows.exchange(NO_IDS, held[held >= 0])
+            self._rows.table[rows] = -1
+            lengths, first = self.seq_lens.copy(), self._first.copy()
+            lengths[rows] = first[rows] = 0
+            self.seq_lens, self._first = lengths, first
+
     def drop_past(self) -> None:
         """Free the blocks that left the sliding window and were kept for `crop`."""
         with self._pool.lock:
@@ -249,17 +283,22 @@ class BlockTables:
             self._rows.give_back()
             self._first, self.seq_lens = np.zeros_like(self._first), np.zeros_like(self.seq_lens)
 
-    def step(self) -> tuple[Tensor, Tensor]:
+    def step(self, rows: Ints | None = None) -> tuple[Tensor, Tensor]:
         """What the ops read in one forward, on the pool's device.
+
+        Args:
+            rows: int64, the rows that the forward has, in its order. None = all.
 
         Returns:
             block_table: int32 `[num_seqs, width]`, width = blocks of the longest row, at least 1; -1 = no block.
             seq_lens: int32 `[num_seqs]`.
         """
-        width = max(1, int(self._num_blocks(self.seq_lens).max(initial=0)))
+        lengths = self.seq_lens if rows is None else self.seq_lens[rows]
+        width = max(1, int(self._num_blocks(lengths).max(initial=0)))
         # A copy: a later edit must not reach into a forward that still reads this table.
-        block_table = torch.from_numpy(self._rows.table[:, :width].copy())
-        seq_lens = torch.from_numpy(self.seq_lens.astype(np.int32))
+        table = self._rows.table[:, :width].copy() if rows is None else self._rows.table[rows, :width]
+        block_table = torch.from_numpy(table)
+        seq_lens = torch.from_numpy(lengths.astype(np.int32))
         return block_table.to(self._pool.device), seq_lens.to(self._pool.device)
 
     def tokens_in_blocks(self) -> tuple[Ids, Ints]:
