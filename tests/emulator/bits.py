@@ -129,9 +129,11 @@ def insert(i: Instruction, p: Program) -> Step:
 
 @instruction("popc", "clz", "brev", "bfind")
 def count(i: Instruction, p: Program) -> Step:
-    allow(i)
+    allow(i, "shiftamt")
     if i.opcode == "bfind" and i.type[0] == "s":
         raise Unsupported(str(i))
+    # How far to shift the highest bit to the left end, in the place of where it is.
+    shift_amount = "shiftamt" in i.modifiers
     dtype, width = DTYPES[i.type], 8 * BYTES[i.type]
 
     def bits(a):
@@ -141,7 +143,9 @@ def count(i: Instruction, p: Program) -> Step:
     function = {
         "popc": lambda a: bits(a).sum(1),
         "clz": lambda a: np.where(a == 0, width, bits(a)[:, ::-1].argmax(1)),
-        "bfind": lambda a: np.where(a == 0, 0xFFFFFFFF, width - 1 - bits(a)[:, ::-1].argmax(1)),
+        "bfind": lambda a: np.where(
+            a == 0, 0xFFFFFFFF, bits(a)[:, ::-1].argmax(1) if shift_amount else width - 1 - bits(a)[:, ::-1].argmax(1)
+        ),
         "brev": lambda a: np.packbits(bits(a)[:, ::-1], axis=1, bitorder="little").view(dtype)[:, 0],
     }[i.opcode]
     result = i.type if i.opcode == "brev" else "u32"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tests.emulator.async_copy import Copy
 from tests.emulator.findings import Finding
-from tests.emulator.memory import BlockMemory, GenericAccess, GlobalAccess, GlobalMemory
+from tests.emulator.memory import BlockMemory, GenericAccess, GlobalAccess, GlobalMemory, ParameterAccess
 from tests.emulator.program import Active, Program
 from tests.emulator.ptx import Unsupported
 from tests.emulator.shadow import (
@@ -65,6 +65,7 @@ class Blocks:
         local = BlockMemory(self, "local", self.threads, len(self.threads), program.local_bytes, 0)
         self._spaces = {
             "global": GlobalAccess(self, memory),
+            "param": ParameterAccess(self),
             "shared": shared,
             "local": local,
             "generic": GenericAccess(self),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.emulator.findings import Finding
-from tests.emulator.program import LOCAL_WINDOW, SHARED_WINDOW, Active
+from tests.emulator.program import WINDOWS, Active
 from tests.emulator.shadow import ATOMIC, IN_FLIGHT, PLAIN, Shadow
 
 Array = NDArray[Any]
@@ -147,10 +147,8 @@ class GlobalAccess:
             several = self._check_write(buffer, ix, chosen, offset, size)
             rows = buffer.bytes.view(values.dtype).reshape(-1, count)
             rows[offset // size] = values[chosen]
-            if several and (rows[offset // size] != values[chosen]).any():
-                raise Finding(
-                    f"{self.run.access('write')} of {buffer.name}: two threads write different values at once"
-                )
+            if several:
+                _check_same(self.run, _some(self.run, ix, chosen), rows[offset // size], values[chosen], buffer.name)
 
     def update(self, ix: Active, address: Array, dtype: np.dtype) -> Iterator[tuple]:
         """Yield, for an atomic operation, views of the memory as elements with the accesses that go there."""
@@ -204,8 +202,8 @@ class BlockMemory:
         several = bool(self.shadow) and self.shadow.on_write(self.run, ix, _granules(self.shadow, offset, size))
         rows = self.bytes.view(values.dtype).reshape(-1, count)
         rows[offset // size] = values
-        if several and (rows[offset // size] != values).any():
-            raise Finding(f"{self.run.access('write')} of {self.name}: two threads write different values at once")
+        if several:
+            _check_same(self.run, ix, rows[offset // size], values, self.name)
 
     def update(self, ix: Active, address: Array, dtype: np.dtype) -> Iterator[tuple]:
         """Yield, for an atomic operation, a view of the memory as elements with the accesses."""
@@ -237,6 +235,22 @@ class BlockMemory:
         return self.owners[ix] * self.stride + address
 
 
+class ParameterAccess:
+    """The arguments of the launch, which every thread may read."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def load(self, ix: Active, address: Array, dtype: np.dtype, count: int) -> Array:
+        size = dtype.itemsize * count
+        bad = (address < 0) | (address + size > len(self.run.parameters))
+        if bad.any():
+            raise self.run.finding("read", "past the parameters", ix)
+        if (address[0] == address).all():
+            return self.run.parameters[address[0] : address[0] + size].view(dtype)[None]
+        return self.run.parameters[address[:, None] + np.arange(size)].view(dtype)
+
+
 class GenericAccess:
     """Addresses of any space, told apart by the window they lie in."""
 
@@ -259,13 +273,20 @@ class GenericAccess:
                 yield elements, np.arange(len(address))[chosen][some], index
 
     def _spaces(self, ix: Active, address: Array) -> Iterator[tuple]:
-        windows = [("global", 0, SHARED_WINDOW), ("shared", SHARED_WINDOW, LOCAL_WINDOW), ("local", LOCAL_WINDOW, None)]
-        for space, low, high in windows:
+        for space, low, high in zip(WINDOWS, WINDOWS.values(), [*WINDOWS.values()][1:] + [None], strict=True):
             chosen = address >= low if high is None else (address >= low) & (address < high)
             if chosen.all():
                 yield self.run.space(space), ix, slice(None), address - low
             elif chosen.any():
                 yield self.run.space(space), self.run.threads[ix][chosen], chosen, address[chosen] - low
+
+
+def _check_same(run: Any, ix: Active, stored: Array, values: Array, name: str) -> None:
+    """Several threads wrote one place by one instruction: no harm where they wrote the same."""
+    overwritten = (stored != values).any(1)
+    if overwritten.any():
+        who = run.access("write", int(run.stamps(ix)[overwritten][0]))
+        raise Finding(f"{who} of {name}: another thread writes another value at once")
 
 
 def _some(run: Any, ix: Active, chosen: Active) -> Active:

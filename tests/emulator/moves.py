@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.emulator.program import DTYPES, LOCAL_WINDOW, SHARED_WINDOW, Program, Step, allow, instruction, vector
+from tests.emulator.program import DTYPES, WINDOWS, Program, Step, allow, instruction, vector
 from tests.emulator.ptx import BYTES, Instruction, Unsupported
 
 # What only tells the caches of a GPU what to expect.
@@ -60,12 +60,8 @@ def _pack(i: Instruction, p: Program) -> Step:
 
 @instruction("cvta")
 def cvta(i: Instruction, p: Program) -> Step:
-    allow(i, "to", "global", "shared", "shared::cta", "local", "const")
-    window = 0
-    if {"shared", "shared::cta"} & set(i.modifiers):
-        window = SHARED_WINDOW
-    elif "local" in i.modifiers:
-        window = LOCAL_WINDOW
+    allow(i, "to", "global", "shared", "shared::cta", "local", "param")
+    window = WINDOWS[i.modifiers[-2].partition("::")[0]]
     # Without .to, from an address of the space to a generic one.
     offset = np.uint64((1 << 64) - window if "to" in i.modifiers and window else window)
     target, source = p.target(i.operands[0], "u64"), p.source(i.operands[1], i.type)
@@ -78,12 +74,9 @@ def cvta(i: Instruction, p: Program) -> Step:
 
 @instruction("isspacep")
 def isspacep(i: Instruction, p: Program) -> Step:
-    space = i.modifiers[0]
-    low, high = {
-        "global": (0, SHARED_WINDOW),
-        "shared": (SHARED_WINDOW, LOCAL_WINDOW),
-        "local": (LOCAL_WINDOW, 1 << 63),
-    }[space]
+    space = i.modifiers[0].partition("::")[0]
+    low = WINDOWS[space]
+    high = min((window for window in WINDOWS.values() if window > low), default=1 << 63)
     target, source = p.target(i.operands[0], "pred"), p.source(i.operands[1], "u64")
 
     def step(run, ix):
@@ -99,29 +92,11 @@ def load(i: Instruction, p: Program) -> Step:
     targets = p.targets(i.operands[0], i.type)
     dtype, count = DTYPES[i.type], len(targets)
     space = _space(i)
-    if space == "param":
-        return _load_parameter(i, p, targets)
     base, offset = p.address(i.operands[1])
 
     def step(run, ix):
         address = run.v[base][ix].astype(np.int64) + offset
         values = run.space(space).load(ix, address, dtype, count)
-        for n, target in enumerate(targets):
-            run.v[target][ix] = values[:, n]
-
-    return step
-
-
-def _load_parameter(i: Instruction, p: Program, targets: list[int]) -> Step:
-    base, offset = p.address(i.operands[1])
-    dtype, count = DTYPES[i.type], len(targets)
-
-    def step(run, ix):
-        address = run.v[base][ix].astype(np.int64) + offset
-        if (address[0] == address).all():
-            values = run.parameters[address[0] : address[0] + count * dtype.itemsize].view(dtype)[None]
-        else:
-            values = run.parameters[address[:, None] + np.arange(count * dtype.itemsize)].view(dtype)
         for n, target in enumerate(targets):
             run.v[target][ix] = values[:, n]
 

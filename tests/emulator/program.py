@@ -26,9 +26,8 @@ DTYPES = {
     **dict.fromkeys(["f16", "bf16"], np.dtype(np.uint16)),
     **dict.fromkeys(["f16x2", "bf16x2", "tf32"], np.dtype(np.uint32)),
 }
-# Where the shared and local spaces lie among generic addresses; no CPU address is as large.
-SHARED_WINDOW = 1 << 61
-LOCAL_WINDOW = 1 << 62
+# Where the spaces lie among generic addresses; no CPU address, of global memory, is as large.
+WINDOWS = {"global": 0, "param": 1 << 60, "shared": 1 << 61, "local": 1 << 62}
 _NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?")
 
 _COMPILERS: dict[str, Callable[[Instruction, Program], Step]] = {}
