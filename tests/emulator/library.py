@@ -22,6 +22,7 @@ from tests.emulator.fat_binary import ptx_of
 from tests.emulator.launch import Emulator
 from tests.emulator.memory import GlobalMemory
 from tests.emulator.ptx import Module
+from tests.emulator.traffic import Traffic
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emulated"
@@ -70,6 +71,7 @@ class EmulatedOps:
         self.memory = GlobalMemory()
         self._error: Exception | None = None
         self.num_launches = 0
+        self.traffic: Traffic | None = None
 
     def _define_ops(self) -> list[str]:
         """Define the ops of `torch.ops.paged` in the emulator's namespace; return those that the library has."""
@@ -79,6 +81,15 @@ class EmulatedOps:
             self._definitions.define(schema.replace("paged::", "", 1))
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         return [name for name in names if has_kernel(f"{NAMESPACE}::{name}", "CPU")]
+
+    @contextmanager
+    def counting(self) -> Iterator[Traffic]:
+        """Count what the accesses of the ops cost."""
+        self.traffic = Traffic()
+        try:
+            yield self.traffic
+        finally:
+            self.traffic = None
 
     def call(self, op: str, *arguments: Any, **options: Any) -> Any:
         """Run an op of `torch.ops.paged` by its CUDA kernels.
@@ -121,6 +132,7 @@ class EmulatedOps:
     def _launch(self, fat_binary: int, kernel: bytes, grid: Any, block: Any, shared: int, arguments: Any) -> int:
         try:
             emulator = self._emulator(fat_binary)
+            emulator.traffic = self.traffic
             program = emulator.program(kernel.decode())
             parameters = bytearray()
             for n, variable in enumerate(program.kernel.parameters):

@@ -19,7 +19,7 @@ _LABEL_OR_BRACE = re.compile(r"(\{(?!\s*%)|\}|\$?\w+:(?!:))\s*")
 _INSTRUCTION = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 NAME = re.compile(r"[%$\w.@#]+")
 _DECLARATION = re.compile(
-    r"\.(param|shared|global|const|local)\s+(?:\.align\s+(\d+)\s+)?\.(?:\w+\s+\.)?(\w+)\s+(?:\.ptr\s*)?"
+    r"\.(param|shared|global|const|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s*)?"
     r"(?:\.(?:global|const|shared|local)\s*)?(?:\.align\s+\d+\s+)?([%$\w]+)\s*((?:\[\s*\d*\s*\])*)\s*(?:=\s*(.*))?$",
     re.S,
 )
