@@ -116,11 +116,13 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make old row `beam_idx[i]` the new row i, int64 `[rows]`: a table edit."""
         self._other_layers("reorder_cache", beam_idx)
+        self.state.prefixes = None  # these rows are no longer those that generate returns
         self.state.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows: ints `[rows]`, negative ones from the end, or bool over the rows there are."""
         self._other_layers("batch_select_indices", indices)
+        self.state.prefixes = None
         self.state.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -15,6 +15,10 @@ class PagedConfig:
         max_memory: bound of the KV pool on each device: bytes (int), a size ("2GiB", "500MB"), or a fraction of the
             device's or machine's memory (float in (0, 1]). None takes half of what is free at first use. Memory is
             committed only as it is used.
+        prefix_caching: keep the full blocks of prompts and answers after `generate`, for later prompts that begin with
+            the same tokens; given up when blocks run out, and when the weights change.
+        salt: blocks remembered under one salt are not found under another: a tenant cannot find out, by how fast a
+            prompt is answered, whether others sent it.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
@@ -23,12 +27,15 @@ class PagedConfig:
 
     block_size: int = 16
     max_memory: int | float | str | None = None
+    prefix_caching: bool = False
+    salt: str = ""
     strict: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
             raise TypeError(f"block_size: {type(self.block_size).__name__}; must be an int")
         check_block_size(self.block_size)
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict: {type(self.strict).__name__}; must be a bool")
+        for name, wanted in (("prefix_caching", bool), ("salt", str), ("strict", bool)):
+            if not isinstance(value := getattr(self, name), wanted):
+                raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")
         parse_max_memory(self.max_memory)

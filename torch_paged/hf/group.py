@@ -79,6 +79,16 @@ class LayerGroup:
         )
         return self.step
 
+    def adopt(self, lengths: np.ndarray, blocks: list[np.ndarray]) -> None:
+        """Begin each row with `lengths[row]` tokens in `blocks[row]`, of which a sliding group holds the last ones."""
+        table = np.full((len(lengths), max(map(len, blocks))), -1, dtype=np.int64)
+        window = self.pool.sliding_window
+        for row, (length, ids) in enumerate(zip(lengths.tolist(), blocks, strict=True)):
+            first = max(0, (length - window + 1) // self.pool.block_size) if window else 0
+            table[row, first : len(ids)] = ids[first:]
+        with self.pool.lock:
+            self.tables.adopt(table, lengths)
+
     def select(self, rows: np.ndarray) -> None:
         with self.pool.lock:
             self.tables.select(rows)

@@ -6,9 +6,10 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -19,6 +20,8 @@ from torch_paged.hf.disguise import undisguise
 from torch_paged.hf.family import family
 from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
 from torch_paged.hf.pools import Pools
+from torch_paged.hf.prefix_call import sequence_rows
+from torch_paged.hf.prefixes import Prefixes, RowPrefixes
 from torch_paged.hf.support import Path, Support, model_support
 from torch_paged.hf.voice import Voice
 from torch_paged.memory import PoolStats
@@ -34,6 +37,7 @@ class PagedHandle:
         self.config = config
         self._voice = Voice.of(model, type(model).__name__)
         self._pools = Pools(config)
+        self._prefixes = Prefixes(self._pools)
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
         self._support: dict[str, Support] = {}
@@ -49,12 +53,23 @@ class PagedHandle:
         return f"PagedHandle({self._voice.name}, {support.path.name.lower()}{support.reason and f': {support.reason}'})"
 
     def stats(self) -> PoolStats:
-        """Blocks, bytes and waste of the pools right now, and their peak since `reset_peak`."""
-        return self._pools.stats()
+        """Blocks, bytes and waste of the pools right now, their peak since `reset_peak`, and the use of prefixes."""
+        prefixes = self._prefixes
+        return replace(self._pools.stats(), prefix_hits=prefixes.hits, prefix_tokens_saved=prefixes.tokens_saved)
 
     def reset_peak(self) -> None:
         """Start the peaks of `stats` anew."""
         self._pools.reset_peak()
+
+    def flush(self) -> None:
+        """Forget all remembered prefixes.
+
+        Changes of weights, adapters and hooks that PyTorch or PEFT sees do so by themselves, and so does `train()`.
+        What writes weights behind their back (`parameter.data.copy_()`), or changes what hooks and modules do
+        otherwise, is to be told here.
+        """
+        self._prefixes.flush()
+        self._pools.trim()
 
     def unpatch(self) -> None:
         """Make the model the stock model again; a second call does nothing."""
@@ -67,6 +82,7 @@ class PagedHandle:
                 family(model.config.model_type).uninstall(model)
             undisguise(model)
             self.patched = False
+            self.flush()
 
     def install(self) -> None:
         """Patch the model.
@@ -88,22 +104,23 @@ class PagedHandle:
             family(model.config.model_type).install(model)
 
     @property
-    def settings(self) -> tuple[PagedConfig, Pools]:
-        """The knobs and the pools that go with them; set to go back to earlier ones."""
-        return self.config, self._pools
+    def settings(self) -> tuple[PagedConfig, Pools, Prefixes]:
+        """The knobs, the pools that go with them and what is remembered there; set to go back to earlier ones."""
+        return self.config, self._pools, self._prefixes
 
     @settings.setter
-    def settings(self, settings: tuple[PagedConfig, Pools]) -> None:
-        self.config, self._pools = settings
+    def settings(self, settings: tuple[PagedConfig, Pools, Prefixes]) -> None:
+        self.config, self._pools, self._prefixes = settings
 
     def reconfigure(self, config: PagedConfig) -> None:
-        """Other knobs, and new pools for them.
+        """Other knobs, and new pools for them; another salt alone goes with the same pools.
 
         Raises:
             ValueError: `strict`, and the model does not run natively.
             RuntimeError: a cache of this model still holds blocks.
         """
-        if config == self.config:
+        if replace(config, salt=self.config.salt) == self.config:
+            self.config = config
             return
         model = self._model()
         if model is not None and (support := self.support(model)).path is not Path.NATIVE and config.strict:
@@ -114,7 +131,8 @@ class PagedHandle:
                 f"{self._voice.name} is patched with {self.config} and {live} of its caches hold blocks: "
                 "delete the past_key_values that generate returned, or unpatch, before choosing other knobs"
             )
-        self.settings = config, Pools(config)
+        pools = Pools(config)
+        self.settings = config, pools, Prefixes(pools)
 
     def support(self, model: PreTrainedModel) -> Support:
         """How the model runs where it is now: a model may be moved to another device while it is patched."""
@@ -141,8 +159,10 @@ class PagedHandle:
         # Calls of encoder-decoders reach their cache inside another one, so nobody announces them.
         paged = PagedCache.like(cache, self._pools, None if model.config.is_encoder_decoder else self._voice)
         self._caches.add(paged)
+        if self.config.prefix_caching and support.path is Path.NATIVE and not model.training:
+            paged.state.prefixes = RowPrefixes(self._prefixes, self.config.salt)
         if _running.generation is not None:
-            _running.generation.created.append(weakref.ref(paged))
+            _running.generation.add(paged)
         return paged
 
     def say(self, support: Support) -> None:
@@ -150,7 +170,7 @@ class PagedHandle:
         self._voice.say(support, strict=self.config.strict)
 
     @contextmanager
-    def generation(self, assistant: Any = None) -> Iterator[None]:
+    def generation(self, assistant: Any = None) -> Iterator[Generation]:
         """Around one `generate`: caches made for it are released if it raises, and free pages go back at its end.
 
         Args:
@@ -158,9 +178,9 @@ class PagedHandle:
                 caches to this one, which therefore answers for them.
         """
         outer = _running.generation
-        generation = _running.generation = _Generation(assistant)
+        generation = _running.generation = Generation(assistant)
         try:
-            yield
+            yield generation
         except BaseException:
             # The traceback keeps the frames, and with them the caches, alive.
             for reference in generation.created:
@@ -172,15 +192,35 @@ class PagedHandle:
                 outer.created += generation.created
         finally:
             _running.generation = outer
+            generation.remembering.clear()
             self._pools.trim()
 
 
-class _Generation:
+class Generation:
     """One `generate` that runs in this thread, and the caches made for it."""
 
     def __init__(self, assistant: Any) -> None:
         self.assistant = assistant
         self.created: list[weakref.ref[PagedCache]] = []
+        # Kept until their rows are remembered.
+        self.remembering: list[PagedCache] = []
+
+    def add(self, cache: PagedCache) -> None:
+        self.created.append(weakref.ref(cache))
+        if cache.state.prefixes is not None:
+            self.remembering.append(cache)
+
+    def remember(self, model: PreTrainedModel, result: Any) -> None:
+        """Remember the rows of its caches as prefixes.
+
+        Args:
+            result: what `generate` returned.
+        """
+        sequences = getattr(result, "sequences", result)
+        for cache in self.remembering:
+            rows = sequence_rows(cache.state, sequences) if isinstance(sequences, Tensor) else None
+            if rows is not None and cache.state.prefixes is not None:
+                cache.state.prefixes.remember(model, cache.state, rows)
 
     def assisted_by(self, model: PreTrainedModel | None) -> bool:
         """Whether `model` drafts for it, in a wrapper or not."""
@@ -188,7 +228,7 @@ class _Generation:
 
 
 class _Running(threading.local):
-    generation: _Generation | None = None
+    generation: Generation | None = None
 
 
 _running = _Running()

@@ -18,6 +18,7 @@ from torch_paged.hf.disguise import disguise
 from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import call_problem, pack_problem
 from torch_paged.hf.prefill import prefill_once
+from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
 from torch_paged.hf.random_state import RandomState
 from torch_paged.hf.support import Path, implementation_reason, training_reason
 from torch_paged.hf.unpadded import run_unpadded
@@ -42,8 +43,10 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             named = dict(zip(generate_parameters[1:], args, strict=False)) | kwargs
             # With assistant_early_exit a model drafts for itself.
             assistant = self if named.get("assistant_early_exit") else named.get("assistant_model")
-            with handle.generation(assistant):
-                return base.generate(self, *args, **kwargs)
+            with handle.generation(assistant) as generation:
+                result = base.generate(self, *args, **kwargs)
+                generation.remember(self, result)
+                return result
 
         def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -56,6 +59,12 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             if users is None and not wants_stock and generation_config.use_cache is not False:
                 model_kwargs["past_key_values"] = handle.replace(self, cache)
             return result
+
+        def train(self, mode: bool = True) -> Any:
+            if mode and handle.patched:
+                # Weights are about to change, perhaps unseen, and a backward pass needs the memory.
+                handle.flush()
+            return base.train(self, mode)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # generate keeps this method while it runs, also when the model is unpatched meanwhile.
@@ -106,10 +115,12 @@ def _announced_call(
         if (
             call is not None
             and call.native
-            and call.valid is not None
+            and (call.valid is not None or cache.state.prefixes is not None)
             and pack_problem(model, cache) is None
             and call_problem(run, named) is None
         ):
+            if (rows := prompt_rows(cache.state, call, named)) is not None:
+                return run_behind_prefixes(run, cache, call, named, rows)
             return run_unpadded(run, cache, call, named)
         with announced(cache, call):
             return run(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from torch_paged.hf.config import PagedConfig
-from torch_paged.memory import MemoryBudget, Pool, PoolStats
+from torch_paged.memory import MemoryBudget, Pool, PoolStats, PrefixIndex
 
 
 class GroupKey(NamedTuple):
@@ -27,6 +27,8 @@ class Pools:
 
     def __init__(self, config: PagedConfig) -> None:
         self.config = config
+        # Of all budgets: what is remembered of a prefix must be there on every device.
+        self.lock = threading.RLock()
         self._lock = threading.Lock()
         self._budgets: dict[torch.device, MemoryBudget] = {}
         self._pools: dict[tuple[GroupKey, int], Pool] = {}
@@ -37,7 +39,10 @@ class Pools:
             pool = self._pools.get((key, num_layers))
             if pool is None:
                 if key.device not in self._budgets:
-                    self._budgets[key.device] = MemoryBudget(self.config.max_memory, key.device)
+                    budget = MemoryBudget(self.config.max_memory, key.device, self.lock)
+                    if self.config.prefix_caching:
+                        PrefixIndex(budget)
+                    self._budgets[key.device] = budget
                 pool = self._pools[key, num_layers] = Pool(
                     num_layers=num_layers,
                     block_size=self.config.block_size,
@@ -46,6 +51,11 @@ class Pools:
                     device=key.device,
                 )
             return pool
+
+    def prefix_indexes(self) -> list[PrefixIndex]:
+        """The prefix indexes of all devices; none without `prefix_caching`."""
+        with self._lock:
+            return [b.prefix_index for b in self._budgets.values() if b.prefix_index is not None]
 
     def stats(self) -> PoolStats:
         return PoolStats.total([pool.stats() for pool in self._snapshot()])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torch_paged.hf.call import Call, Columns
+from torch_paged.hf.call import Call, Columns, NeedsOwnAttention
 from torch_paged.hf.group import LayerGroup
 from torch_paged.hf.pools import GroupKey, Pools
 from torch_paged.hf.support import Path, Support
 from torch_paged.hf.voice import Voice
+
+if TYPE_CHECKING:
+    from torch_paged.hf.prefixes import RowPrefixes
 
 
 class CacheState:
@@ -27,6 +31,9 @@ class CacheState:
         self.call: Call | None = None
         self.num_seqs: int | None = None
         self.recording_past = False
+        # What is remembered of these rows, and whether they began with what was remembered of others.
+        self.prefixes: RowPrefixes | None = None
+        self.adopted = False
         # Why calls over this cache must gather, once one was found to.
         self.refusal: str | None = None
 
@@ -60,11 +67,29 @@ class CacheState:
         group = self.groups.get(key)
         if group is None:
             assert self.num_seqs is not None
+            if self.adopted:
+                raise NeedsOwnAttention("its layers store other keys and values than in the calls before")
             pool = self.pools.get(key, self.layers_per_window[key.sliding_window])
             group = self.groups[key] = LayerGroup(pool, key, self.num_seqs)
             if self.recording_past:
                 group.record_past()
         return group
+
+    def adopt(self, lengths: np.ndarray, blocks: dict[GroupKey, list[np.ndarray]]) -> None:
+        """Let the rows of an empty cache begin with blocks that hold their first tokens already.
+
+        Args:
+            lengths: int64 `[num_seqs]`, tokens per row, multiples of the block size.
+            blocks: for each group, and each row, the blocks of these tokens.
+        """
+        self.num_seqs = len(lengths)
+        try:
+            for key, rows in blocks.items():
+                self.group(key).adopt(lengths, rows)
+        except BaseException:
+            self.release()
+            raise
+        self.adopted = True
 
     def rollback(self, call: Call) -> None:
         """Undo `announce(call)` and what the groups planned for it."""
@@ -112,6 +137,7 @@ class CacheState:
         twin.columns = self.columns.copy()
         twin.num_seqs = self.num_seqs
         twin.recording_past = self.recording_past
+        twin.adopted = self.adopted
         twin.refusal = self.refusal
         return twin
 
@@ -121,5 +147,6 @@ class CacheState:
         self.groups.clear()
         self.columns = Columns()
         self.refusal = None
+        self.adopted = False
         self.call = None
         self.num_seqs = None

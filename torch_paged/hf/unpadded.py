@@ -13,12 +13,16 @@ from torch_paged.hf.call import Call
 from torch_paged.hf.packed import Forward
 
 
-def run_unpadded(forward: Forward, cache: PagedCache, call: Call, inputs: dict[str, Any]) -> Any:
+def run_unpadded(
+    forward: Forward, cache: PagedCache, call: Call, inputs: dict[str, Any], cached: np.ndarray | None = None
+) -> Any:
     """The call over `inputs`, with stock's shapes of outputs: logits and hidden states at pads are zeros.
 
     Args:
         call: of all rows and columns, native, not announced yet; `packing` has no objection to it.
         inputs: the model's arguments by name.
+        cached: int64 `[rows]`, how many of the first tokens of each row the cache holds already; zeros stand in their
+            place in the outputs too. None = none.
 
     Raises: what `packed_call` raises.
     """
@@ -26,6 +30,10 @@ def run_unpadded(forward: Forward, cache: PagedCache, call: Call, inputs: dict[s
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     rows, width, device = call.num_seqs, call.width, tokens.device
     valid = np.ones((rows, width), dtype=np.bool_) if call.valid is None else call.valid
+    num_tokens = call.num_tokens
+    if cached is not None:
+        valid = valid & (valid.cumsum(axis=1) > cached[:, None])
+        num_tokens = num_tokens - cached
     where = np.flatnonzero(valid)
     kept, kept_width = _kept(where, width, inputs.get("logits_to_keep", 0))
     index = torch.from_numpy(where).to(device)
@@ -34,7 +42,7 @@ def run_unpadded(forward: Forward, cache: PagedCache, call: Call, inputs: dict[s
         value = inputs.get(name)
         if value is not None:
             packed[name] = value.expand(rows, width, *value.shape[2:]).flatten(0, 1)[index][None]
-    pass_ = Call(rows, width, call.valid, native=True, packed=call.num_tokens)
+    pass_ = Call(rows, width, call.valid, native=True, packed=num_tokens)
     outputs = forward.packed(cache, pass_, packed, torch.from_numpy(kept).to(device))
     for name, value in outputs.items():
         if name == "logits":

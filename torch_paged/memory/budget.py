@@ -1,5 +1,7 @@
 """How many bytes of KV blocks may be in use at once, over all pools of one handle."""
 
+from __future__ import annotations
+
 import re
 import threading
 from collections import deque
@@ -26,6 +28,7 @@ class MemoryBudget:
         max_memory: bytes; a fraction of the memory of `device` (of the machine, on the CPU); a text such as `"2GiB"`;
             None = half of what is free there when it is first asked for.
         device: where the pools live.
+        lock: one that guards other budgets too; None = one of its own.
 
     Attributes:
         lock: held around every edit of a table, an allocator or this budget.
@@ -37,8 +40,10 @@ class MemoryBudget:
         TypeError: `max_memory` is of another type.
     """
 
-    def __init__(self, max_memory: int | float | str | None, device: torch.device) -> None:
-        self.lock = threading.RLock()
+    def __init__(
+        self, max_memory: int | float | str | None, device: torch.device, lock: threading.RLock | None = None
+    ) -> None:
+        self.lock = lock or threading.RLock()
         self.used_bytes = 0
         self.prefix_index: PrefixIndex | None = None
         self._device = device

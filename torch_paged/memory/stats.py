@@ -13,6 +13,8 @@ class PoolStats:
         blocks_used: blocks with at least one owner.
         blocks_shared: blocks with more than one.
         blocks_free: blocks that can be allocated now; less than total - used where other pools use up the same budget.
+        prefix_hits: rows that began with remembered blocks, since the patch.
+        prefix_tokens_saved: tokens in those blocks, which were not prefilled.
         blocks_cached: blocks that only the prefix index still holds, given up as soon as blocks run out.
         bytes_held: bytes of the used blocks, all layers of the group.
         bytes_useful: bytes of the tokens in them, each block counted once.
@@ -30,6 +32,8 @@ class PoolStats:
     peak_bytes: int = 0
     peak_blocks_shared: int = 0
     blocks_cached: int = 0
+    prefix_hits: int = 0
+    prefix_tokens_saved: int = 0
     waste: float = field(init=False)
 
     def __post_init__(self) -> None:
