@@ -19,9 +19,14 @@ SIZES = Sizes(
     ragged_rows=6,
     ragged_prompts=(3, 30),
     ragged_wishes=(2, 7),
+    chat_system=30,
+    chat_turns=3,
+    chat_user=6,
+    chat_answer=5,
 )
 SMALL = ("--layers=2", "--hidden=32", "--intermediate=48", "--heads=4", "--kv-heads=2", "--vocabulary=200")
 QUICK = ("--context=20", "--new-tokens=5", "--batch=3", "--beams=3", "--samples=4", "--block-size=4", "--rounds=1")
+CHAT = ("--chat-system=30", "--chat-turns=3", "--chat-user=6", "--chat-answer=5")
 RAGGED = ("--ragged-rows=4", "--ragged-prompts", "3", "30", "--ragged-wishes", "2", "7")
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, float32
 PAGE_BYTES = 256 * TOKEN_BYTES
@@ -38,7 +43,7 @@ def run_json(folder, *options):
 
     torch.set_num_threads(1)
     file = folder / "generate.json"
-    assert main(["bench", "generate", *SMALL, *QUICK, *RAGGED, *options, "--json", str(file)]) == 0
+    assert main(["bench", "generate", *SMALL, *QUICK, *RAGGED, *CHAT, *options, "--json", str(file)]) == 0
     return json.loads(file.read_text())
 
 
@@ -85,6 +90,15 @@ def test_kv_bytes_by_hand(report):
     # The prompt fills five blocks; each sample has its own sixth.
     assert found["samples"]["torch_paged"] == (5 + 4) * block
     assert 6 * block < found["beams"]["torch_paged"] <= (5 + 3) * block
+
+
+def test_a_chat_over_a_system_prompt_computes_it_once(report):
+    found = {name: way["prefill_tokens"] for name, way in by_name(report)["chat"]["ways"].items()}
+    said = [36, 36 + 11, 36 + 22]
+    assert found["DynamicCache"] == found["StaticCache"] == sum(said)
+    # Of 36 + 5 - 1 and 47 + 5 - 1 tokens the full blocks of 4 are remembered.
+    assert found["torch_paged"] == 36 + (47 - 40) + (58 - 48)
+    assert by_name(report)["chat"]["new_tokens"] == 15
 
 
 def test_kv_bytes_of_ragged_rows_by_hand(report):
@@ -158,12 +172,15 @@ def test_cases_are_what_their_names_say():
     ragged = asked[5]
     assert len(ragged.prompts) == 6 and all(3 <= len(prompt) <= 30 for prompt in ragged.prompts)
     assert all(2 <= wish <= 7 for wish in ragged.wishes) and ragged.useful_tokens == sum(ragged.wishes)
-    assert [case.rows for case in asked] == [1, 2, 3, 2, 3, 6, 3, 4]
-    assert [case.is_ragged for case in asked] == [False] * 3 + [True] * 3 + [False] * 2
+    assert [case.rows for case in asked] == [1, 2, 3, 2, 3, 6, 3, 4, 1]
+    chat = asked[-1]
+    assert (len(chat.prompts[0]), [len(turn) for turn in chat.turns], chat.wishes) == (36, [6, 6], [5])
+    assert chat.useful_tokens == 15
+    assert [case.is_ragged for case in asked] == [False] * 3 + [True] * 3 + [False] * 3
     assert all(1 <= token < 50 for case in asked for prompt in case.prompts for token in prompt)
     # A case is the same whichever others are asked for, and another with another seed.
     assert cases(["ragged"], SIZES, 50, 0) == [ragged] != cases(["ragged"], SIZES, 50, 1)
-    assert SIZES.positions(["one"]) == 25 and SIZES.positions(list(NAMES)) == 37
+    assert SIZES.positions(["one"]) == 25 and SIZES.positions(list(NAMES)) == 63
     short = ragged.shortened(4, 3)
     assert max(map(len, short.prompts)) == 4 and max(short.wishes) == 3
 
@@ -172,7 +189,7 @@ def test_rows_end_with_their_wishes():
     clock = _Clock(GenerateCase("two", [[1, 2, 3], [4]], [1, 3]), width=3, start=0.0)
     assert [clock(torch.ones(2, 3 + step), None).tolist() for step in (1, 2, 3)] == [[1, 0], [1, 0], [1, 1]]
     # Beams are more rows than prompts; max_new_tokens ends them.
-    beams = _Clock(GenerateCase("beams", [[1, 2, 3]], [1], {"num_beams": 2}), width=3, start=0.0)
+    beams = _Clock(GenerateCase("beams", [[1, 2, 3]], [1], options={"num_beams": 2}), width=3, start=0.0)
     assert beams(torch.ones(2, 4), None).tolist() == [0, 0]
     assert len(clock.marks) == 3 and clock.marks == sorted(clock.marks)
 
@@ -190,7 +207,7 @@ def test_a_difference_is_shown():
     assert notes([found])[-1] == "two, float32, generate_batch: not run, why."
     assert (ours.step.median, ours.step.fastest, ours.step.slowest) == (0.375, 0.25, 0.5)
     assert CaseResult(case, "bfloat16", [stock, ours]).same_rows(ours) is None
-    samples = GenerateCase("samples", [[1]], [3], {"do_sample": True, "num_return_sequences": 2})
+    samples = GenerateCase("samples", [[1]], [3], options={"do_sample": True, "num_return_sequences": 2})
     other = result("generate_batch", [[1, 2, 3], [4, 5, 7]], draws_alike=False)
     assert CaseResult(samples, "float32", [stock, other]).same_rows(other) is None
     assert CaseResult(case, "float32", [stock, other]).same_rows(other) == 1

@@ -28,6 +28,8 @@ def continuous_batching(model: PreTrainedModel, case: GenerateCase, seed: int) -
     """
     if case.beams > 1:
         raise NotPossible("generate_batch has no beams")
+    if case.turns:
+        raise NotPossible("it forgets all prefixes between two calls")
     try:
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
     except ImportError:

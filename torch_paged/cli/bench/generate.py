@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--ragged-rows", type=at_least(1), default=16)
     asked.add_argument("--ragged-prompts", nargs=2, type=at_least(1), default=[36, 1798], metavar=("LEAST", "MOST"))
     asked.add_argument("--ragged-wishes", nargs=2, type=at_least(1), default=[17, 120], metavar=("LEAST", "MOST"))
+    asked.add_argument("--chat-system", type=at_least(1), default=2000, help="tokens before the first turn of a chat")
+    asked.add_argument("--chat-turns", type=at_least(1), default=8)
+    asked.add_argument("--chat-user", type=at_least(1), default=60, help="tokens of the user's part of a turn")
+    asked.add_argument("--chat-answer", type=at_least(1), default=40)
     asked.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=16, help="of torch_paged")
     add_common(parser, rounds=3, rounds_help="calls of each way")
     parser.set_defaults(run=run)
@@ -72,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
         ragged_rows=args.ragged_rows,
         ragged_prompts=(args.ragged_prompts[0], args.ragged_prompts[1]),
         ragged_wishes=(args.ragged_wishes[0], args.ragged_wishes[1]),
+        chat_system=args.chat_system,
+        chat_turns=args.chat_turns,
+        chat_user=args.chat_user,
+        chat_answer=args.chat_answer,
     )
     shape = Shape(args.layers, args.hidden, args.intermediate, args.heads, args.kv_heads, args.vocabulary)
     results = [result for dtype in args.dtype for result in measure_all(dtype, shape, sizes, args)]

@@ -5,23 +5,25 @@ from typing import Any
 
 import numpy as np
 
-NAMES = ("one", "uniform", "padded", "ragged", "beams", "samples")
+NAMES = ("one", "uniform", "padded", "ragged", "beams", "samples", "chat")
 
 
 @dataclass(frozen=True)
 class GenerateCase:
-    """One call of generate.
+    """One call of generate, or the calls of a chat.
 
     Attributes:
         name: as it is shown.
         prompts: token ids.
-        wishes: new tokens of each.
+        wishes: new tokens of each, in each turn of a chat.
+        turns: what the user of a chat says after each answer but the last; every call has all that was said before.
         options: of generate.
     """
 
     name: str
     prompts: list[list[int]]
     wishes: list[int]
+    turns: list[list[int]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -49,12 +51,12 @@ class GenerateCase:
 
     @property
     def useful_tokens(self) -> int:
-        return sum(self.wishes) * self.returned
+        return sum(self.wishes) * self.returned * (1 + len(self.turns))
 
     def shortened(self, prompt: int, new_tokens: int) -> "GenerateCase":
         """The same with at most that many tokens of each prompt, and after it."""
-        prompts = [tokens[:prompt] for tokens in self.prompts]
-        return replace(self, prompts=prompts, wishes=[min(wish, new_tokens) for wish in self.wishes])
+        prompts, turns = ([tokens[:prompt] for tokens in each] for each in (self.prompts, self.turns))
+        return replace(self, prompts=prompts, turns=turns, wishes=[min(wish, new_tokens) for wish in self.wishes])
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,16 @@ class Sizes:
     ragged_rows: int
     ragged_prompts: tuple[int, int]
     ragged_wishes: tuple[int, int]
+    chat_system: int
+    chat_turns: int
+    chat_user: int
+    chat_answer: int
 
     def positions(self, names: list[str]) -> int:
         """Positions that a model must have: a padded batch runs on until the last wish."""
         ragged = self.ragged_prompts[1] + self.ragged_wishes[1] if "ragged" in names else 0
-        return max(ragged, self.context + self.new_tokens)
+        chat = self.chat_system + self.chat_turns * (self.chat_user + self.chat_answer) if "chat" in names else 0
+        return max(ragged, chat, self.context + self.new_tokens)
 
 
 def cases(names: list[str], sizes: Sizes, vocabulary: int, seed: int) -> list[GenerateCase]:
@@ -108,8 +115,13 @@ def _case(name: str, sizes: Sizes, batch: int, vocabulary: int, rng: np.random.G
         wishes = rng.integers(*sizes.ragged_wishes, size=sizes.ragged_rows, endpoint=True).tolist()
         return GenerateCase(f"ragged, {sizes.ragged_rows} x {shortest}-{longest}", prompts(lengths), wishes)
     if name == "beams":
-        return GenerateCase(f"{sizes.beams} beams, {context}", prompts([context]), [new], {"num_beams": sizes.beams})
+        return GenerateCase(
+            f"{sizes.beams} beams, {context}", prompts([context]), [new], options={"num_beams": sizes.beams}
+        )
+    if name == "chat":
+        first, *turns = prompts([sizes.chat_system + sizes.chat_user, *[sizes.chat_user] * (sizes.chat_turns - 1)])
+        return GenerateCase(f"{sizes.chat_turns} turns over {sizes.chat_system}", [first], [sizes.chat_answer], turns)
     if name == "samples":
         options = {"do_sample": True, "num_return_sequences": sizes.samples}
-        return GenerateCase(f"{sizes.samples} samples, {context}", prompts([context]), [new], options)
+        return GenerateCase(f"{sizes.samples} samples, {context}", prompts([context]), [new], options=options)
     return GenerateCase(f"1 x {context}", prompts([context]), [new])

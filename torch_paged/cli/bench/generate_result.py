@@ -41,6 +41,11 @@ class WayResult:
         return Timing.of([run.prefill for run in self.runs])
 
     @property
+    def prefill_tokens(self) -> int | None:
+        """The same in every round."""
+        return self.runs[0].prefill_tokens
+
+    @property
     def total(self) -> Timing:
         return Timing.of([run.seconds for run in self.runs])
 
@@ -97,6 +102,7 @@ class CaseResult:
         return {
             "step": way.step.as_json() if way.step else None,
             "prefill": way.prefill.as_json(),
+            "prefill_tokens": way.prefill_tokens,
             "total": way.total.as_json(),
             "new_tokens_per_s": self.case.useful_tokens / way.total.median,
             "peak_kv_bytes": way.peak_kv_bytes,
@@ -111,7 +117,7 @@ def table(results: Sequence[CaseResult]) -> Table:
     made = Table(title="model.generate: medians (fastest–slowest)")
     for header in ("case", "dtype", "way"):
         made.add_column(header)
-    headers = ["a step, ms", "times\nas fast", "prefill, s", "total, s", "times\nas fast"]
+    headers = ["a step, ms", "times\nas fast", "prefill, s", "of tokens", "total, s", "times\nas fast"]
     headers += ["tokens/s", "peak KV", "same\ntokens"]
     for header in headers:
         made.add_column(header, justify="right", no_wrap=True)
@@ -126,7 +132,8 @@ def table(results: Sequence[CaseResult]) -> Table:
 def notes(results: Sequence[CaseResult]) -> list[str]:
     """How to read the table, and why ways did not run."""
     lines = [
-        f"Times as fast: as {STOCK}. Prefill: until every row has its first token. Tokens/s: of the new tokens "
+        f"Times as fast: as {STOCK}. Prefill: until every row has its first token, "
+        f"and the positions that were computed for it. Tokens/s: of the new tokens "
         f"asked for. Same tokens: as {STOCK}, in float32.",
     ]
     for result in results:
@@ -162,6 +169,7 @@ def _cells(result: CaseResult, way: WayResult) -> tuple[str, ...]:
         way.step.as_text() if way.step else "–",
         _ratio(result.step_ratio(way)),
         f"{way.prefill.median:.3f}",
+        "–" if way.prefill_tokens is None else f"{way.prefill_tokens:,}",
         f"{way.total.median:.3f} ({way.total.fastest:.3f}–{way.total.slowest:.3f})",
         _ratio(result.total_ratio(way)),
         f"{result.case.useful_tokens / way.total.median:.1f}",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,19 +17,22 @@ PAD = 0
 
 @dataclass(frozen=True)
 class Run:
-    """One call.
+    """One call, or the calls of a chat one after the other.
 
     Attributes:
         tokens: per returned sequence the new tokens that were asked for.
-        marks: seconds since the call, when all rows had their first token and after every step from then on.
+        marks: seconds since the call, when all rows had their first token and after every step from then on. Of several
+            calls: as if their prefills had been first.
         seconds: of the whole call.
         peak_kv_bytes: keys and values held when they were most; None where the way does not tell.
+        prefill_tokens: positions that the model computed before the first tokens; None where the way does not tell.
     """
 
     tokens: list[list[int]]
     marks: list[float]
     seconds: float
     peak_kv_bytes: int | None
+    prefill_tokens: int | None = None
 
     @property
     def prefill(self) -> float:
@@ -64,25 +67,14 @@ def one_by_one(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
     runs = []
     for prompt, wish in zip(case.prompts, case.wishes, strict=True):
         runs.append(dynamic(model, GenerateCase(case.name, [prompt], [wish]), seed))
-    prefill = sum(run.prefill for run in runs)
-    # No batch ever has all its first tokens; the steps follow one another as if the prefills had been first.
-    marks = [prefill]
-    for run in runs:
-        for step in run.steps:
-            marks.append(marks[-1] + step)
-    return Run(
-        tokens=[run.tokens[0] for run in runs],
-        marks=marks,
-        seconds=sum(run.seconds for run in runs),
-        peak_kv_bytes=max(run.peak_kv_bytes or 0 for run in runs),
-    )
+    return _one_after_the_other(runs, [run.tokens[0] for run in runs])
 
 
 def paged(block_size: int) -> Way:
     """torch_paged, with blocks of that many tokens."""
 
     def run(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
-        with torch_paged.paged(model, block_size=block_size) as handle:
+        with torch_paged.paged(model, block_size=block_size, prefix_caching=bool(case.turns)) as handle:
             run, cache = _generate(model, case, seed)
             peak = handle.stats().peak_bytes
             del cache
@@ -115,28 +107,75 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
 
 
 def _generate(model: PreTrainedModel, case: GenerateCase, seed: int, **options: Any) -> tuple[Run, Any]:
-    """Return the run, its bytes not yet counted, and the cache: blocks are held as long as it lives."""
+    """Return the run, its bytes not yet counted, and the last cache: blocks are held as long as it lives."""
     width = max(map(len, case.prompts))
     padded = [[PAD] * (width - len(prompt)) + prompt for prompt in case.prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in case.prompts]
     input_ids, attention_mask = torch.tensor(padded), torch.tensor(mask)
     set_seed(seed)
+    run, output = _call(model, case, input_ids, attention_mask, options)
+    runs = [run]
+    for turn in case.turns:
+        history = output.sequences
+        del output
+        input_ids = torch.cat([history, torch.tensor([turn] * len(history))], dim=1)
+        run, output = _call(model, case, input_ids, torch.ones_like(input_ids), options)
+        runs.append(run)
+    if case.turns:
+        run = _one_after_the_other(runs, [sum((run.tokens[0] for run in runs), [])])
+    return run, output.past_key_values
+
+
+def _call(
+    model: PreTrainedModel, case: GenerateCase, input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]
+) -> tuple[Run, Any]:
+    """One call of generate: the run, and what came back."""
+    width = input_ids.shape[1]
     start = time.perf_counter()
     clock = _Clock(case, width, start)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max(case.wishes),
-        return_dict_in_generate=True,
-        stopping_criteria=[clock],
-        **{"do_sample": False, **case.options, **options},
-    )
+    embedding, computed = model.get_input_embeddings(), 0
+    embed = embedding.forward
+
+    def counted(ids: Tensor) -> Tensor:
+        nonlocal computed
+        computed += 0 if clock.marks else ids.numel()
+        embedded: Tensor = embed(ids)
+        return embedded
+
+    # Not a hook, with which a model forgets its prefixes.
+    embedding.forward = counted
+    try:
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max(case.wishes),
+            return_dict_in_generate=True,
+            stopping_criteria=[clock],
+            **{"do_sample": False, **case.options, **options},
+        )
+    finally:
+        del embedding.forward
     seconds = time.perf_counter() - start
     wishes = [wish for wish in case.wishes for _ in range(case.returned)]
     new = output.sequences[:, width:].tolist()
     tokens = [row[:wish] for row, wish in zip(new, wishes, strict=True)]
-    return Run(tokens, clock.marks, seconds, None), output.past_key_values
+    return Run(tokens, clock.marks, seconds, None, computed), output
+
+
+def _one_after_the_other(runs: list[Run], tokens: list[list[int]]) -> Run:
+    """Several calls as one, whose steps follow one another as if all prefills had been first."""
+    marks = [sum(run.prefill for run in runs)]
+    for run in runs:
+        for step in run.steps:
+            marks.append(marks[-1] + step)
+    return Run(
+        tokens=tokens,
+        marks=marks,
+        seconds=sum(run.seconds for run in runs),
+        peak_kv_bytes=max(run.peak_kv_bytes or 0 for run in runs),
+        prefill_tokens=sum(run.prefill_tokens or 0 for run in runs),
+    )
 
 
 def _with_bytes(run: Run, peak_kv_bytes: int) -> Run:
-    return Run(run.tokens, run.marks, run.seconds, peak_kv_bytes)
+    return replace(run, peak_kv_bytes=peak_kv_bytes)
