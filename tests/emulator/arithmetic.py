@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.emulator.formats import HALVES, decode, encode, flush
+from tests.emulator.formats import DIRECTED, HALVES, decode, directed, encode, flush
 from tests.emulator.program import DTYPES, Program, Step, allow, instruction
 from tests.emulator.ptx import BYTES, Instruction, Unsupported
 
 WIDE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
-_ROUNDINGS = ("rn", "approx", "full", "ftz", "sat", "NaN", "relu")
+_MODIFIERS = ("rn", *DIRECTED, "approx", "full", "ftz", "sat", "NaN", "relu")
 
 _BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 _UNARY = {
@@ -58,8 +58,13 @@ def elementwise(function: Callable, target: int, *sources: int) -> Step:
 
 
 def _floating(i: Instruction, p: Program) -> Step:
-    allow(i, *_ROUNDINGS)
+    allow(i, *_MODIFIERS)
     function = _floating_function(i)
+    if toward := [modifier for modifier in i.modifiers if modifier in DIRECTED]:
+        if i.type != "f32" or i.opcode not in ("add", "sub", "mul", "fma"):
+            raise Unsupported(str(i))
+        nearest = _BINARY.get(i.opcode, lambda a, b, c: a * b + c)
+        function = lambda *x: directed(nearest(*(n.astype(np.float64) for n in x)), toward[0])  # noqa: E731
     if i.type in HALVES:
         # Exact in float64 up to the one rounding of the result.
         exact, type = function, i.type

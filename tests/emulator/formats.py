@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 PACKED = {"f16x2": "f16", "bf16x2": "bf16"}
+# Roundings that go one way: toward zero, down, up.
+DIRECTED = ("rz", "rm", "rp")
 HALVES = ("f16", "bf16", *PACKED)
 
 
@@ -39,6 +41,17 @@ def encode(numbers: Array, type: str, toward_zero: bool = False) -> Array:
     if toward_zero and numbers.dtype != np.dtype(type.replace("f", "float")):
         raise NotImplementedError(f"{type} toward zero")
     return numbers.astype({"f32": np.float32, "f64": np.float64}[type])
+
+
+def directed(numbers: Array, mode: str) -> Array:
+    """Return float64 numbers as float32, rounded one way."""
+    near = numbers.astype(np.float32)
+    above, below = near > numbers, near < numbers
+    toward_zero = mode == "rz"
+    down = above & (numbers > 0) if toward_zero else above & (mode == "rm")
+    up = below & (numbers < 0) if toward_zero else below & (mode == "rp")
+    near = np.where(down, np.nextafter(near, np.float32(-np.inf)), near)
+    return np.where(up, np.nextafter(near, np.float32(np.inf)), near)
 
 
 def flush(numbers: Array) -> Array:

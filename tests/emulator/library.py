@@ -124,6 +124,8 @@ class EmulatedOps:
             self.memory.clear()
 
     def _allocated(self, address: int, size: int, initialised: int) -> None:
+        if size == 0:
+            return
         self.memory.add("a new tensor", address, size, writable=True, initialised=bool(initialised))
         if not initialised:
             # NaN in every floating-point format.

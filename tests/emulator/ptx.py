@@ -15,6 +15,7 @@ BYTES = {
     **dict.fromkeys(["b32", "u32", "s32", "f32", "f16x2", "bf16x2", "tf32"], 4),
     **dict.fromkeys(["b64", "u64", "s64", "f64"], 8),
 }
+_BRACE = re.compile(r"[{}]")
 _LABEL_OR_BRACE = re.compile(r"(\{(?!\s*%)|\}|\$?\w+:(?!:))\s*")
 _INSTRUCTION = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 NAME = re.compile(r"[%$\w.@#]+")
@@ -91,8 +92,7 @@ class Module:
         text = re.sub(r"//[^\n]*", "", text)
         files = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)
         self.files = {int(number): PurePath(path).name for number, path in files}
-        self.texts = {match["name"]: match for match in _FUNCTION.finditer(text)}
-        outside = _FUNCTION.sub("", text)
+        self.texts, outside = _functions(text)
         found = re.findall(
             r"^\s*(?:\.(?:visible|extern|weak|common)\s+)*(\.(?:shared|global|const)\b[^;]*);", outside, re.M
         )
@@ -107,7 +107,7 @@ class Module:
         """Return the kernel or function of this mangled name."""
         if name not in self._parsed:
             match = self.texts[name]
-            kernel = Kernel(name, _variables(match["parameters"]), _variables(match["results"] or ""))
+            kernel = Kernel(name, _variables(match["parameters"]), _variables(match["results"]))
             kernel.variables = dict(self.variables)
             if limit := re.search(r"\.(?:maxntid|reqntid)\s+([\d,\s]+)", match["directives"]):
                 kernel.max_threads = prod(int(size) for size in limit[1].split(","))
@@ -118,9 +118,25 @@ class Module:
 
 _FUNCTION = re.compile(
     r"^(?:\.(?:visible|weak|extern)\s+)*\.(?P<kind>entry|func)\s+(?:\((?P<results>[^)]*)\)\s*)?(?P<name>[$\w]+)\s*"
-    r"\((?P<parameters>[^)]*)\)(?P<directives>[^{;]*)\n\{\n(?P<body>.*?)\n\}\n",
-    re.S | re.M,
+    r"\((?P<parameters>[^)]*)\)(?P<directives>[^{;]*)\{",
+    re.M,
 )
+
+
+def _functions(text: str) -> tuple[dict[str, dict[str, str]], str]:
+    """Return the parts of each function by its name, and the text outside of all."""
+    found, outside, end = {}, "", 0
+    while match := _FUNCTION.search(text, end):
+        outside += text[end : match.start()]
+        depth, end = 1, match.end()
+        while depth:
+            brace = _BRACE.search(text, end)
+            if brace is None:
+                raise Unsupported(f"{match['name']}: no closing brace")
+            depth += 1 if brace[0] == "{" else -1
+            end = brace.end()
+        found[match["name"]] = match.groupdict("") | {"body": text[match.end() : end - 1]}
+    return found, outside + text[end:]
 
 
 def split(operands: str) -> tuple[str, ...]:

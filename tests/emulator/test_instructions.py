@@ -230,6 +230,9 @@ def test_float_instructions():
     a = np.float32(1 + 2**-12)
     words = [np.array([v], np.float32).view(np.uint32) for v in (a, a, -(a * a))]
     assert execute("fma.rn.f32 d, a, b, c;", *words).view(np.float32)[0] == np.float32(2**-24)
+    third = [np.array([v], np.float32).view(np.uint32) for v in (1 / 3, 1.0, 2.0**-30)]
+    down, up = (execute(f"fma.{r}.f32 d, a, b, c;", *third).view(np.float32)[0] for r in ("rm", "rp"))
+    assert (down, up) == (np.float32(1 / 3), np.nextafter(np.float32(1 / 3), np.float32(1)))
     tiny = np.array([1e-39], np.float32).view(np.uint32)
     assert execute("mul.ftz.f32 d, a, 0f3F800000;", tiny)[0] == 0
     assert execute("mul.f32 d, a, 0f3F800000;", tiny)[0] == tiny[0]
@@ -291,6 +294,20 @@ def test_named_barriers_order_the_warps_that_meet():
     assert (out == np.where(np.arange(NUM_THREADS) < 32, np.arange(NUM_THREADS) ^ 1, 0)).all()
     with pytest.raises(Finding, match="race with a write by block 0 thread 1 "):
         execute(code.replace("bar.sync 1, 32; ", ""), np.zeros(1, np.uint32), shared=128)
+
+
+def test_scopes_have_names_of_their_own():
+    """As nvcc puts a rotation: braces at the beginning of a line end no kernel."""
+    code = """mov.u32 %u, 7;
+{
+.reg .b32 %u;
+shl.b32 %u, a, 31;
+shr.u32 d, a, 1;
+or.b32 d, d, %u;
+}
+add.u32 d, d, %u;"""
+    out = execute(code, np.array(WORDS, np.uint32))
+    assert out[: len(WORDS)].tolist() == [((a >> 1 | a << 31) + 7) % 2**32 for a in WORDS]
 
 
 @pytest.mark.parametrize(
