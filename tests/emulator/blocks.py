@@ -85,9 +85,14 @@ class Blocks:
         block = (self.local_block + self.first_block) << BLOCK_SHIFT
         self._owner = block | (self.threads % self.threads_per_block) << THREAD_SHIFT
         self._stamps = self._owner | 1
+        # By thread: what happened in its block before this clock, every warp of the block has seen.
+        self._settled = np.zeros(len(self.threads), np.int64)
 
     def stamps(self, ix: Active) -> NDArray[np.int64]:
         return self._stamps[ix] | self.position << POSITION_SHIFT
+
+    def settled(self, ix: Active) -> NDArray[np.int64]:
+        return self._settled[ix]
 
     def known_clock(self, block: Any, warp: Any, other: Any) -> NDArray[np.int64]:
         return self.known[block - self.first_block, warp, other]
@@ -110,6 +115,7 @@ class Blocks:
     def _restamp(self) -> None:
         if self.clocks.max() > CLOCK:
             raise Unsupported(f"{self.program.kernel.name}: more barriers than a stamp has bits for")
+        self._settled = np.repeat(self.known.min((1, 2)), self.threads_per_block)
         self._stamps = self._owner | np.repeat(self.clocks.reshape(-1), LANES)
 
     # Warps.

@@ -185,7 +185,7 @@ class _Body:
             self.kernel.labels[token[:-1]] = len(self.kernel.instructions)
 
     def _directive(self, statement: str) -> None:
-        if statement.startswith(".loc"):
+        if re.match(r"\.loc\s", statement):
             places = re.findall(r"(?:loc|inlined_at)\s+(\d+)\s+(\d+)", statement)
             self.locations = tuple((self.module.files.get(int(file), "?"), int(line)) for file, line in places)
         elif match := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S):

@@ -37,8 +37,8 @@ def block_of(stamps: NDArray[np.int64]) -> NDArray[np.int64]:
 class Shadow:
     """Stamps of one memory; `granules [n, per access]` are indices into it."""
 
-    def __init__(self, num_granules: int, granule: int, name: str, must_be_written: bool) -> None:
-        self.granule, self.name, self.must_be_written = granule, name, must_be_written
+    def __init__(self, num_granules: int, granule: int, name: str, of_one_block: bool) -> None:
+        self.granule, self.name, self.of_one_block = granule, name, of_one_block
         self.written = np.zeros(num_granules, np.int64)
         self.read = np.zeros(num_granules, np.int64)
         # A reader other than the last one: of another warp where there is one, else another lane.
@@ -47,9 +47,9 @@ class Shadow:
     def on_read(self, run: Any, ix: Any, granules: NDArray[np.int64]) -> None:
         stamps = run.stamps(ix)[:, None]
         written = self.written[granules]
-        if self.must_be_written and not written.all():
+        if self.of_one_block and not written.all():
             self._report(run, "read", granules, stamps, written == 0, "uninitialised")
-        self._check_written(run, "read", granules, stamps, written)
+        self._check_written(run, ix, "read", granules, stamps, written)
         last = self.read[granules]
         others = ((last ^ stamps) & OWNER != 0) & (last != 0)
         if others.any():
@@ -59,10 +59,10 @@ class Shadow:
     def on_write(self, run: Any, ix: Any, granules: NDArray[np.int64], flag: np.int64 = PLAIN) -> bool:
         """Return whether two threads wrote one granule by this very instruction."""
         stamps = run.stamps(ix)[:, None] | flag
-        self._check_written(run, "write", granules, stamps, self.written[granules])
+        self._check_written(run, ix, "write", granules, stamps, self.written[granules])
         for readers in (self.read[granules], self.other_read[granules]):
             if not flag & ATOMIC:
-                self._check_ordered(run, "write", granules, stamps, readers, "race with a read")
+                self._check_ordered(run, ix, "write", granules, stamps, readers, "race with a read")
         self.written[granules] = stamps
         self.read[granules] = 0
         self.other_read[granules] = 0
@@ -72,14 +72,16 @@ class Shadow:
         """A cp.async of these threads has landed: from now on they see it, others after the next barrier."""
         self.written[granules] = run.stamps(ix)[:, None]
 
-    def _check_written(self, run: Any, kind: str, granules, stamps, written) -> None:
+    def _check_written(self, run: Any, ix: Any, kind: str, granules, stamps, written) -> None:
         if (written < 0).any():
             self._report(run, kind, granules, stamps, written < 0, "touches a cp.async still in flight", written)
         if (stamps.flat[0] & ATOMIC) and (written & ATOMIC).all():
             return
-        self._check_ordered(run, kind, granules, stamps, written, "race with a write")
+        self._check_ordered(run, ix, kind, granules, stamps, written, "race with a write")
 
-    def _check_ordered(self, run: Any, kind: str, granules, stamps, before, what: str) -> None:
+    def _check_ordered(self, run: Any, ix: Any, kind: str, granules, stamps, before, what: str) -> None:
+        if self.of_one_block and ((before & CLOCK) < run.settled(ix)[:, None]).all():
+            return
         others = ((before ^ stamps) & OWNER != 0) & (before != 0)
         if others.any():
             unordered = others & ~self._is_ordered(run, stamps, before)
