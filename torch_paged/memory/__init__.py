@@ -6,6 +6,7 @@ from torch_paged.memory.pool import Pool
 from torch_paged.memory.prefix_index import PrefixIndex, hit_length
 from torch_paged.memory.prefix_keys import block_keys, full_blocks, root_key
 from torch_paged.memory.stats import PoolStats
+from torch_paged.memory.swap import SwappedRow
 from torch_paged.memory.tables import BlockTables
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PoolExhausted",
     "PoolStats",
     "PrefixIndex",
+    "SwappedRow",
     "block_keys",
     "full_blocks",
     "hit_length",

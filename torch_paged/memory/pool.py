@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_paged.memory.allocator import BlockAllocator
+from torch_paged.memory.allocator import BlockAllocator, Ids
 from torch_paged.memory.budget import MemoryBudget
 from torch_paged.memory.reservation import release_pages, reserve
 from torch_paged.memory.stats import PoolStats
 from torch_paged.memory.tables import BlockTables
-from torch_paged.ops import cache_view, copy_blocks
+from torch_paged.ops import cache_view, copy_blocks, swap_blocks
 from torch_paged.ops.cache_layout import check_block_size
 
 # Each layer's keys and values begin on a boundary of this many bytes: the largest page of the common systems.
@@ -120,6 +120,33 @@ class Pool:
         """Copy whole blocks in every layer: int64 `[n, 2]`, rows of (source, destination) from `BlockTables.append`."""
         if len(block_mapping):
             copy_blocks(self._key_caches, self._value_caches, torch.from_numpy(block_mapping).to(self.device))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return self._bytes
+
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that can be had in this pool's budget, blocks that only the prefix index holds included."""
+        return self.budget.free_bytes + self.num_cached * self.block_bytes
+
+    def save_blocks(self, blocks: Ids) -> list[Tensor]:
+        """Whole blocks copied to CPU memory, int64 `[n]` of them.
+
+        Returns:
+            Per layer K, then per layer V: `[n, block_size, num_kv_heads, head_dim]`.
+        """
+        caches = [*self._key_caches, *self._value_caches]
+        pinned = self.device.type == "cuda"
+        saved = [torch.empty((len(blocks), *cache.shape[1:]), dtype=cache.dtype, pin_memory=pinned) for cache in caches]
+        swap_blocks(caches, saved, torch.from_numpy(np.stack([blocks, np.arange(len(blocks))], axis=1)))
+        return saved
+
+    def load_blocks(self, saved: list[Tensor], blocks: Ids) -> None:
+        """Copy what `save_blocks` returned into these blocks, int64 `[n]`."""
+        mapping = torch.from_numpy(np.stack([np.arange(len(blocks)), blocks], axis=1))
+        swap_blocks(saved, [*self._key_caches, *self._value_caches], mapping)
 
     def trim(self) -> None:
         """Give the memory of free blocks back to the system; nothing moves. Other devices than the CPU keep theirs."""
