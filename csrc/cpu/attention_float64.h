@@ -1,7 +1,7 @@
 // Attention in float64, one row at a time: for exact comparisons, not for speed.
 #pragma once
 
-#include "attention.h"
+#include "../attention_call.h"
 
 namespace paged {
 

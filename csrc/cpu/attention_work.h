@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention.h"
+#include "../attention_call.h"
 
 namespace paged {
 

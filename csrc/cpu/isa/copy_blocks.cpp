@@ -5,7 +5,7 @@
 
 namespace paged::PAGED_ISA {
 
-void copy_block(const cpu::BlockLoops& loops, const char* src, char* dst) {
+void copy_block(const BlockLoops& loops, const char* src, char* dst) {
   for (int64_t i = 0; i < loops.sizes[0]; ++i)
     for (int64_t j = 0; j < loops.sizes[1]; ++j)
       for (int64_t k = 0; k < loops.sizes[2]; ++k)

@@ -7,8 +7,8 @@ namespace paged::PAGED_ISA {
 namespace {
 
 template <class T>
-void load_block(const cpu::CacheRead& read, int64_t block, int64_t num_tokens, T* rows) {
-  const cpu::CacheView<const char>& cache = read.cache;
+void load_block(const CacheRead& read, int64_t block, int64_t num_tokens, T* rows) {
+  const CacheView<const char>& cache = read.cache;
   const T* slots = reinterpret_cast<const T*>(cache.data) + block * cache.block_stride;
   for (int64_t head = 0; head < read.num_kv_heads; ++head)
     for (int64_t token = 0; token < num_tokens; ++token)
@@ -19,7 +19,7 @@ void load_block(const cpu::CacheRead& read, int64_t block, int64_t num_tokens, T
 
 }  // namespace
 
-void load_blocks(const cpu::CacheRead& read, const cpu::SequenceTable& table, int64_t begin, int64_t end) {
+void load_blocks(const CacheRead& read, const SequenceTable& table, int64_t begin, int64_t end) {
   const int64_t columns = (read.max_seq_len + read.block_size - 1) / read.block_size;
   const int64_t row_size = read.num_kv_heads * read.head_dim;
   with_type(read.element, [&](auto zero) {

@@ -7,11 +7,11 @@ namespace paged::PAGED_ISA {
 namespace {
 
 template <class T>
-const T* row_of(const cpu::AttentionState& state, int64_t token, int64_t head) {
+const T* row_of(const AttentionState& state, int64_t token, int64_t head) {
   return reinterpret_cast<const T*>(state.out) + token * state.token_stride + head * state.head_stride;
 }
 
-float lse_of(const cpu::AttentionState& state, int64_t token, int64_t head) {
+float lse_of(const AttentionState& state, int64_t token, int64_t head) {
   return state.lse[head * state.lse_head_stride + token * state.lse_token_stride];
 }
 
@@ -39,7 +39,7 @@ void weigh(const T* a, Weight weight_a, const T* b, Weight weight_b, T* out, int
 
 }  // namespace
 
-void merge_states(const cpu::StateMerge& merge, int64_t begin, int64_t end) {
+void merge_states(const StateMerge& merge, int64_t begin, int64_t end) {
   with_type(merge.element, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (is_number<T>) {

@@ -5,10 +5,10 @@
 
 namespace paged::PAGED_ISA {
 
-void store_tokens(const cpu::CacheWrite& write, const int64_t* slot_mapping, int64_t begin, int64_t end) {
+void store_tokens(const CacheWrite& write, const int64_t* slot_mapping, int64_t begin, int64_t end) {
   with_type(write.element, [&](auto zero) {
     using T = decltype(zero);
-    const cpu::CacheView<char>& cache = write.cache;
+    const CacheView<char>& cache = write.cache;
     for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = slot_mapping[token];
       if (slot < 0) continue;

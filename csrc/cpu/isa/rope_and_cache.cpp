@@ -98,8 +98,8 @@ struct Head {
 
 // Calls `f` with each head of the query, and of the key if the token has a slot.
 template <class T, class F>
-PAGED_INLINE void each_head(const cpu::RopeWrite& write, int64_t token, int64_t slot, const F& f) {
-  const cpu::CacheWrite& key = write.key;
+PAGED_INLINE void each_head(const RopeWrite& write, int64_t token, int64_t slot, const F& f) {
+  const CacheWrite& key = write.key;
   const T* query = reinterpret_cast<const T*>(write.query.data) + token * write.query.token_stride;
   T* rotated = reinterpret_cast<T*>(write.rotated) + token * write.num_heads * key.head_dim;
   for (int64_t head = 0; head < write.num_heads; ++head)
@@ -160,8 +160,8 @@ void rotate_float64(const Angle* cos, const Angle* sin, int64_t num_pairs, int64
 }
 
 template <class T, class Angle>
-void rotate_token(const cpu::RopeWrite& write, int64_t token, int64_t slot) {
-  const cpu::Angles& angles = write.angles;
+void rotate_token(const RopeWrite& write, int64_t token, int64_t slot) {
+  const Angles& angles = write.angles;
   const Angle* cos = reinterpret_cast<const Angle*>(angles.cos) + token * angles.cos_stride;
   const Angle* sin = reinterpret_cast<const Angle*>(angles.sin) + token * angles.sin_stride;
   const int64_t rotary_dim = angles.rotary_dim, half = rotary_dim / 2, unrotated = write.key.head_dim - rotary_dim;
@@ -184,11 +184,11 @@ void rotate_token(const cpu::RopeWrite& write, int64_t token, int64_t slot) {
 
 }  // namespace
 
-void rotate_tokens(const cpu::RopeWrite& write, const int64_t* slot_mapping, int64_t begin, int64_t end) {
+void rotate_tokens(const RopeWrite& write, const int64_t* slot_mapping, int64_t begin, int64_t end) {
   with_type(write.key.element, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (is_number<T>) {
-      const bool float32_angles = write.angles.element == cpu::Element::kFloat32;
+      const bool float32_angles = write.angles.element == Element::kFloat32;
       for (int64_t token = begin; token < end; ++token)
         float32_angles ? rotate_token<T, float>(write, token, slot_mapping[token])
                        : rotate_token<T, T>(write, token, slot_mapping[token]);

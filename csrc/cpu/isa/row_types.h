@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../cache_rows.h"
+#include "../../cache_calls.h"
 #include "cached_rows.h"
 
 namespace paged::PAGED_ISA {
@@ -19,22 +19,22 @@ constexpr bool is_number =
 
 // Calls `f` with a value of the C++ type that stands for `element`.
 template <class F>
-PAGED_INLINE void with_type(cpu::Element element, const F& f) {
+PAGED_INLINE void with_type(Element element, const F& f) {
   switch (element) {
-    case cpu::Element::kBytes1: return f(uint8_t());
-    case cpu::Element::kBytes2: return f(uint16_t());
-    case cpu::Element::kBytes4: return f(uint32_t());
-    case cpu::Element::kBytes8: return f(uint64_t());
-    case cpu::Element::kBytes16: return f(Bytes16());
-    case cpu::Element::kFloat32: return f(float());
-    case cpu::Element::kFloat64: return f(double());
-    case cpu::Element::kBFloat16: return f(BFloat16());
-    case cpu::Element::kFloat16: return f(Float16());
+    case Element::kBytes1: return f(uint8_t());
+    case Element::kBytes2: return f(uint16_t());
+    case Element::kBytes4: return f(uint32_t());
+    case Element::kBytes8: return f(uint64_t());
+    case Element::kBytes16: return f(Bytes16());
+    case Element::kFloat32: return f(float());
+    case Element::kFloat64: return f(double());
+    case Element::kBFloat16: return f(BFloat16());
+    case Element::kFloat16: return f(Float16());
   }
 }
 
 // The factor of a head, or null for 1.
-PAGED_INLINE const float* factor_of(const cpu::Scale& scale, int64_t head) {
+PAGED_INLINE const float* factor_of(const Scale& scale, int64_t head) {
   return scale.data ? scale.data + head * scale.stride : nullptr;
 }
 

@@ -1,7 +1,13 @@
-// What one attention call reads and writes: pointers, sizes and strides, never tensors.
+// What one attention call reads and writes, on the CPU and on CUDA: pointers, sizes and strides, never tensors.
 #pragma once
 
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define PAGED_HOST_DEVICE __host__ __device__
+#else
+#define PAGED_HOST_DEVICE
+#endif
 
 namespace paged {
 
@@ -46,7 +52,7 @@ struct KeyRange {
 // function might be emitted with instructions that the machine lacks.
 
 // Keys that a query at `position` of a sequence of `seq_len` keys sees.
-static inline KeyRange visible_keys(const AttentionCall& call, int64_t position, int64_t seq_len) {
+PAGED_HOST_DEVICE static inline KeyRange visible_keys(const AttentionCall& call, int64_t position, int64_t seq_len) {
   KeyRange keys = {0, call.causal && position + 1 < seq_len ? position + 1 : seq_len};
   if (position < 0) return {0, 0};
   if (const int64_t window = call.sliding_window) {
@@ -57,14 +63,15 @@ static inline KeyRange visible_keys(const AttentionCall& call, int64_t position,
 }
 
 // Keys that at least one of `count` queries from `position` on sees.
-static inline KeyRange visible_keys(const AttentionCall& call, int64_t position, int64_t count, int64_t seq_len) {
+PAGED_HOST_DEVICE static inline KeyRange visible_keys(const AttentionCall& call, int64_t position, int64_t count,
+                                                      int64_t seq_len) {
   if (position + count <= 0 || count <= 0) return {0, 0};
   const KeyRange first = visible_keys(call, position > 0 ? position : 0, seq_len);
   const KeyRange last = visible_keys(call, position + count - 1, seq_len);
   return {first.begin, last.end};
 }
 
-static inline float stored_scale(const StoredScale& scale, int64_t kv_head) {
+PAGED_HOST_DEVICE static inline float stored_scale(const StoredScale& scale, int64_t kv_head) {
   return scale.data ? scale.data[kv_head * scale.stride] : 1.0f;
 }
 
