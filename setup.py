@@ -167,16 +167,31 @@ def _cuda_part(file: NinjaFile, torch: Path, nvcc: str, architectures: list[str]
         wraps = " ".join(f"-Xlinker --wrap={name}" for name in wrapped)
         link = f"-cudart none $in {wraps} -Xlinker -Bsymbolic {_link_torch(torch, '-Xlinker ')}"
     else:
-        targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-        # PTX of the last one lets later GPUs run it too.
-        targets.append(f"-gencode arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+        # One PTX for all, as tests/emulator runs it: no kernel needs what later architectures add; later GPUs take it.
+        virtual = min(architectures, key=_architecture_number)
+        virtual = f"compute_{_architecture_number(virtual)}"
+        codes = ",".join(f"sm_{a}" for a in architectures)
+        targets = [f"-gencode arch={virtual},code=[{codes},{virtual}]"]
     command = (
         f"{shlex.quote(nvcc)} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {' '.join(targets)} "
-        f"{_torch_flags(torch)} -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
+        f"{_torch_flags(torch)} -DUSE_CUDA $flags -MD -MF $out.d -c $in -o $out"
     )
     file.rule("nvcc", command, depfile=True)
     file.rule("nvlink", f"{shlex.quote(nvcc)} -shared {link} -o $out")
-    file.library("_cuda.so", [(f"cuda/{s.name}.o", s, "") for s in sources], "nvcc", "nvlink")
+    file.library("_cuda.so", _cuda_objects(cuda, sources), "nvcc", "nvlink")
+
+
+def _cuda_objects(cuda: Path, sources: list[Path]) -> list[tuple[str, Path, str]]:
+    """Return the objects to compile; the attention kernels' source once per head dimension and element type."""
+    instance = cuda / "attention_instance.cu"
+    dims = re.search(r"kTileDims\[\] = \{([\d, ]+)\}", (cuda / "tile_shape.h").read_text())
+    # The longest compilations first: the last one to start then ends early.
+    objects = [
+        (f"cuda/attention.{element}.{dim}.o", instance, f"-DPAGED_ELEMENT={element} -DPAGED_DIM={dim}")
+        for dim in sorted(map(int, dims[1].split(",")), reverse=True)
+        for element in ("__nv_bfloat16", "__half")
+    ]
+    return objects + [(f"cuda/{source.name}.o", source, "") for source in sources if source != instance]
 
 
 def _torch_flags(torch: Path) -> str:
@@ -260,6 +275,10 @@ def _cuda_architectures(nvcc: str) -> list[str]:
         return [a.strip() for a in asked.replace(",", ";").split(";") if a.strip()]
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     return [a for a in CUDA_ARCHITECTURES.split(";") if f"sm_{a.rstrip('a')}" in known]
+
+
+def _architecture_number(architecture: str) -> int:
+    return int(architecture.rstrip("af"))
 
 
 def _first_line(command: list[str], last: bool = False) -> str:

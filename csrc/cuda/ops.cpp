@@ -1,69 +1,103 @@
-// The torch face of the CUDA kernels: unpacks tensors, checks them, launches on torch's current stream.
-#include <torch/csrc/stable/accelerator.h>
+// The torch face of the CUDA kernels that move blocks and tokens: checks tensors, launches on torch's current stream.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "../op_checks.h"
-#include "reshape_and_cache.h"
-#include "weak.h"
+#include "../op_views.h"
+#include "launchers.h"
+#include "torch_face.h"
 
-namespace paged {
+namespace paged::cuda {
 namespace {
 
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
+using torch::stable::accelerator::DeviceGuard;
 
-ElementType element_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return ElementType::kBFloat16;
-    case ScalarType::Half: return ElementType::kFloat16;
-    default: return ElementType::kFloat32;
-  }
-}
-
-NewRows new_rows(const Tensor& rows) { return {rows.const_data_ptr(), rows.stride(0), rows.stride(1), rows.size(2)}; }
-
-CacheRows cache_rows(Tensor& cache) {
-  return {cache.mutable_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3)};
-}
-
-Scale scale_rows(const std::optional<Tensor>& scale) {
-  if (!scale) return {nullptr, 0};
-  return {scale->const_data_ptr<float>(), scale->numel() == 1 ? 0 : 1};
+void check_grid(const char* name, int64_t size) {
+  if (size > kMaxGrid) reject(name, text("size ", size), text("at most ", kMaxGrid, ", the largest grid"));
 }
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, Tensor& key_cache, Tensor& value_cache,
                        const Tensor& slot_mapping, const std::optional<Tensor>& key_scale,
                        const std::optional<Tensor>& value_scale) {
-  check_dtype({key_cache, "key_cache"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale);
-  const int64_t num_tokens = slot_mapping.size(0);
-  if (num_tokens > std::numeric_limits<int32_t>::max())
-    reject("slot_mapping", text("size ", num_tokens), "less than 2^31, the largest grid");
+  check_grid("slot_mapping", slot_mapping.size(0));
+  const Element element = key_scale || value_scale ? number_of(key_cache) : bytes_of(key_cache, "key_cache");
+  const DeviceGuard guard(key_cache.get_device_index());
+  STD_CUDA_CHECK(launch_reshape_and_cache(cache_write(key, key_cache, key_scale, element),
+                                          cache_write(value, value_cache, value_scale, element),
+                                          slot_mapping.const_data_ptr<int64_t>(), current_stream(key_cache)));
+}
 
-  torch::stable::accelerator::DeviceGuard guard(key_cache.get_device_index());
-  const ReshapeAndCache call{new_rows(key),
-                             new_rows(value),
-                             cache_rows(key_cache),
-                             cache_rows(value_cache),
-                             scale_rows(key_scale),
-                             scale_rows(value_scale),
-                             slot_mapping.const_data_ptr<int64_t>(),
-                             num_tokens,
-                             key_cache.size(2),
-                             key_cache.size(1),
-                             element_type(key_cache)};
-  STD_CUDA_CHECK(launch_reshape_and_cache(call, current_stream(key_cache)));
+Tensor rope_and_cache(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos, const Tensor& sin,
+                      Tensor& key_cache, Tensor& value_cache, const Tensor& slot_mapping, bool interleaved,
+                      const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
+  check_cuda_number({key_cache, "key_cache"});
+  check_rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slot_mapping, key_scale, value_scale);
+  check_grid("slot_mapping", slot_mapping.size(0));
+  const DeviceGuard guard(key_cache.get_device_index());
+  Tensor rotated = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
+  STD_CUDA_CHECK(launch_rope_and_cache(
+      rope_write(query, rotated, cos, sin, interleaved, cache_write(key, key_cache, key_scale, number_of(key_cache)),
+                 cache_write(value, value_cache, value_scale, number_of(value_cache))),
+      slot_mapping.const_data_ptr<int64_t>(), current_stream(key_cache)));
+  return rotated;
+}
+
+std::tuple<Tensor, Tensor> gather_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+                                        const Tensor& seq_lens, int64_t max_seq_len,
+                                        const std::optional<Tensor>& key_scale,
+                                        const std::optional<Tensor>& value_scale) {
+  check_gather_cache(key_cache, value_cache, block_table, seq_lens, max_seq_len, key_scale, value_scale);
+  const DeviceGuard guard(key_cache.get_device_index());
+  const auto rows_of = [&](const Tensor& cache) {
+    return torch::stable::new_empty(cache, {block_table.size(0), max_seq_len, cache.size(2), cache.size(3)});
+  };
+  Tensor key = rows_of(key_cache), value = rows_of(value_cache);
+  CacheRead key_read = cache_read(key_cache, key, key_scale, "key_cache");
+  CacheRead value_read = cache_read(value_cache, value, value_scale, "value_cache");
+  if (key_scale || value_scale) key_read.element = value_read.element = number_of(key_cache);
+  STD_CUDA_CHECK(
+      launch_gather_cache(key_read, value_read, sequence_table(block_table, seq_lens), current_stream(key_cache)));
+  return {key, value};
+}
+
+void copy_blocks(std::vector<Tensor> key_caches, std::vector<Tensor> value_caches, const Tensor& block_mapping) {
+  check_copy_blocks(key_caches, value_caches, block_mapping);
+  check_grid("block_mapping", block_mapping.size(0));
+  std::vector<LayerCopy> layers;
+  for (const auto* caches : {&key_caches, &value_caches})
+    for (const Tensor& cache : *caches)
+      if (cache.numel() > 0) layers.push_back(layer_copy(cache, cache));
+  const DeviceGuard guard(block_mapping.get_device_index());
+  STD_CUDA_CHECK(launch_copy_blocks(layers, block_mapping.const_data_ptr<int64_t>(), block_mapping.size(0),
+                                    current_stream(block_mapping)));
+}
+
+std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                                                  const Tensor& lse_b) {
+  check_cuda_number({out_a, "out_a"});
+  check_merge_attention_states(out_a, lse_a, out_b, lse_b);
+  const DeviceGuard guard(out_a.get_device_index());
+  Tensor out = torch::stable::new_empty(out_a, {out_a.size(0), out_a.size(1), out_a.size(2)});
+  Tensor lse = torch::stable::new_empty(lse_a, {out_a.size(1), out_a.size(0)});
+  STD_CUDA_CHECK(
+      launch_merge_attention_states(state_merge(out_a, lse_a, out_b, lse_b, out, lse), current_stream(out_a)));
+  return {out, lse};
 }
 
 }  // namespace
+}  // namespace paged::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(paged, CUDA, m) { m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache)); }
-
-}  // namespace paged
+STABLE_TORCH_LIBRARY_IMPL(paged, CUDA, m) {
+  namespace cuda = paged::cuda;
+  m.impl("reshape_and_cache", TORCH_BOX(&cuda::reshape_and_cache));
+  m.impl("rope_and_cache", TORCH_BOX(&cuda::rope_and_cache));
+  m.impl("gather_cache", TORCH_BOX(&cuda::gather_cache));
+  m.impl("copy_blocks", TORCH_BOX(&cuda::copy_blocks));
+  m.impl("merge_attention_states", TORCH_BOX(&cuda::merge_attention_states));
+}

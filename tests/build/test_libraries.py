@@ -19,6 +19,16 @@ INFO = json.loads((PACKAGE / "_build_info.json").read_text())
 # C++ symbols of at::, c10:: and torch:: change between releases; the stable ABI is plain C.
 UNSTABLE = re.compile(r"_ZNK?(2at|3c10|5torch)")
 
+ON_CUDA = (
+    "attention",
+    "attention_with_lse",
+    "merge_attention_states",
+    "reshape_and_cache",
+    "rope_and_cache",
+    "gather_cache",
+    "copy_blocks",
+)
+
 
 def undefined(library: Path) -> list[str]:
     names = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
@@ -38,10 +48,11 @@ def test_uses_the_stable_abi_alone(library):
     assert any(name.startswith(("aoti_torch", "torch_")) for name in names), "nm found no torch symbol at all"
 
 
-def test_kernels_are_registered():
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("paged::reshape_and_cache", "CPU")
-    on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("paged::reshape_and_cache", "CUDA")
-    assert on_cuda == bool(INFO["cuda_architectures"])
+@pytest.mark.parametrize("op", ON_CUDA)
+def test_kernels_are_registered(op):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel(f"paged::{op}", "CPU")
+    assert has_kernel(f"paged::{op}", "CUDA") == bool(INFO["cuda_architectures"])
 
 
 def test_objects_of_an_instruction_set_share_no_code():

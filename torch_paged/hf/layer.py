@@ -46,9 +46,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Join the group of layers with the same device, dtype, heads and window, and take a place in its pool."""
         if not has_kernel("paged::gather_cache", key_states.device.type):
-            raise ValueError(
-                f"device: {key_states.device}; must be one this build of torch_paged has kernels for (cpu)"
-            )
+            raise ValueError(f"device: {key_states.device}; must be one this build of torch_paged has kernels for")
         self.dtype, self.device = _storage_dtype(key_states, value_states), key_states.device
         key = GroupKey(
             device=self.device,
