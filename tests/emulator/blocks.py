@@ -143,16 +143,13 @@ class Blocks:
 
     # Reports.
 
-    def access(self, kind: str, stamp: int = -1) -> str:
+    def access(self, kind: str, stamp: np.int64) -> str:
         """Say who does what where: `write at file:line, block 0 thread 1`."""
-        where = self.program.where(self.position)
-        if stamp < 0 and stamp == -1:
-            return f"{kind} at {where}"
-        stamps = np.array(stamp)
-        return f"{kind} at {where}, block {int(block_of(stamps))} thread {int(thread_of(stamps))}"
+        who = f"block {int(block_of(stamp))} thread {int(thread_of(stamp))}"
+        return f"{kind} at {self.program.where(self.position)}, {who}"
 
     def finding(self, kind: str, what: str, ix: Active) -> Finding:
-        return Finding(f"{self.access(kind, int(self.stamps(ix)[0]))}: {what}")
+        return Finding(f"{self.access(kind, self.stamps(ix)[0])}: {what}")
 
     def byte_of(self, shadow: Any, byte: int) -> int:
         """Return the address inside one block's memory, or inside the buffer, that a shadow's byte stands for."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import torch_paged.ops
 from tests.emulator.fat_binary import ptx_of
+from tests.emulator.findings import Finding
 from tests.emulator.launch import Emulator
 from tests.emulator.memory import GlobalMemory
 from tests.emulator.ptx import Module
@@ -101,11 +102,13 @@ class EmulatedOps:
         schema = getattr(torch.ops.paged, op).default._schema
         with self._tensors(schema, arguments, options):
             try:
-                return getattr(getattr(torch.ops, NAMESPACE), op)(*arguments, **options)
+                result = getattr(getattr(torch.ops, NAMESPACE), op)(*arguments, **options)
             except RuntimeError:
                 if self._error is not None:
                     raise self._error from None
                 raise
+            self._check_written(op, result)
+            return result
 
     @contextmanager
     def _tensors(self, schema: Any, arguments: tuple, options: dict[str, Any]) -> Iterator[None]:
@@ -122,6 +125,15 @@ class EmulatedOps:
             yield
         finally:
             self.memory.clear()
+
+    def _check_written(self, op: str, result: Any) -> None:
+        """What an op returns must have been written, every byte."""
+        results = {tensor.untyped_storage().data_ptr() for tensor in _tensors_in(result)}
+        for buffer in self.memory.buffers:
+            if buffer.address in results and buffer.never_written:
+                raise Finding(
+                    f"{op}: returns {buffer.never_written} of {buffer.size} bytes that nothing was written to"
+                )
 
     def _allocated(self, address: int, size: int, initialised: int) -> None:
         if size == 0:
@@ -179,4 +191,4 @@ def emulated(op: str) -> Iterator[EmulatedOps]:
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value) if isinstance(value, list) else []
+    return [value] if isinstance(value, Tensor) else list(value) if isinstance(value, (list, tuple)) else []

@@ -105,7 +105,7 @@ class GlobalMemory:
     def _refuse(self, run: Any, kind: str, ix: Active, address: Array, bad: Array, what: str, after=None) -> None:
         n = int(np.flatnonzero(bad)[0])
         place = f"byte {int(address[n]) - after.address}" if after else f"address {int(address[n]):#x}"
-        raise Finding(f"{run.access(kind, int(run.stamps(ix)[n]))}, {place}: {what}")
+        raise Finding(f"{run.access(kind, run.stamps(ix)[n])}, {place}: {what}")
 
 
 class GlobalAccess:
@@ -162,14 +162,14 @@ class GlobalAccess:
             if not read.all():
                 n = int(np.argwhere(~read)[0][0])
                 byte = int(offset[n]) + buffer.first - buffer.address
-                who = self.run.access("read", int(self.run.stamps(ix)[chosen][n]))
+                who = self.run.access("read", self.run.stamps(ix)[chosen][n])
                 raise Finding(f"{who}, byte {byte} of {buffer.name}: uninitialised")
         if buffer.shadow is not None:
             buffer.shadow.on_read(self.run, _some(self.run, ix, chosen), _granules(buffer.shadow, offset, size))
 
     def _check_write(self, buffer: Buffer, ix: Active, chosen: Active, offset: Array, size: int, atomic=False) -> bool:
         if buffer.shadow is None:
-            raise Finding(f"{self.run.access('write')} of {buffer.name}: read-only")
+            raise self.run.finding("write", f"{buffer.name} is read-only", ix)
         if buffer.initialised is not None:
             buffer.initialised.reshape(-1, size)[offset // size] = True
         granules, threads = _granules(buffer.shadow, offset, size), _some(self.run, ix, chosen)
@@ -217,7 +217,7 @@ class BlockMemory:
         self.run.count(self.name, ix, address, size)
         offset = self._offsets("write", ix, address, size)
         if self.shadow.on_write(self.run, ix, _granules(self.shadow, offset, size), IN_FLIGHT):
-            raise Finding(f"{self.run.access('write')} of {self.name}: two threads copy to one place at once")
+            raise self.run.finding("write", f"{self.name}: two threads copy to one place at once", ix)
 
     def land(self, ix: Active, address: Array, values: Array) -> None:
         size = values.shape[1] * values.dtype.itemsize
@@ -230,7 +230,7 @@ class BlockMemory:
         if bad.any():
             n = int(np.flatnonzero(bad)[0])
             what = f"outside of its {self.size} bytes" if address[n] % size == 0 else f"misaligned for {size} bytes"
-            who = self.run.access(kind, int(self.run.stamps(ix)[n]))
+            who = self.run.access(kind, self.run.stamps(ix)[n])
             raise Finding(f"{who}, byte {int(address[n])} of {self.name}: {what}")
         return self.owners[ix] * self.stride + address
 
@@ -285,7 +285,7 @@ def _check_same(run: Any, ix: Active, stored: Array, values: Array, name: str) -
     """Several threads wrote one place by one instruction: no harm where they wrote the same."""
     overwritten = (stored != values).any(1)
     if overwritten.any():
-        who = run.access("write", int(run.stamps(ix)[overwritten][0]))
+        who = run.access("write", run.stamps(ix)[overwritten][0])
         raise Finding(f"{who} of {name}: another thread writes another value at once")
 
 

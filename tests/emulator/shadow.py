@@ -103,7 +103,7 @@ class Shadow:
     def _report(self, run: Any, kind: str, granules, stamps, bad, what: str, before=None) -> None:
         row, column = np.argwhere(np.broadcast_to(bad, granules.shape))[0]
         byte = int(granules[row, column]) * self.granule
-        message = f"{run.access(kind, int(stamps[row, 0]))}, byte {run.byte_of(self, byte)} of {self.name}: {what}"
+        message = f"{run.access(kind, stamps[row, 0])}, byte {run.byte_of(self, byte)} of {self.name}: {what}"
         if before is not None:
             stamp = before[row, column]
             position = int(stamp >> POSITION_SHIFT & ((1 << POSITION_BITS) - 1))

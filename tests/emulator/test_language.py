@@ -76,3 +76,14 @@ def test_blocks_of_several_chunks(module):
     assert count[0] == grid and (out == np.arange(grid * block) // block).all()
     with pytest.raises(Finding, match=rf"block {grid - 1} thread 0, byte 0 .*: race with a write by block 0 thread 0"):
         launch(module, "last_block_races", [], [np.zeros(1, np.int32)], grid=grid, block=block)
+
+
+def test_bytes_that_nothing_was_written_to_are_counted(module):
+    emulator = Emulator(module)
+    out = np.zeros(40, np.int32)
+    emulator.memory.add_array("in", NUMBERS)
+    buffer = emulator.memory.add_array("out", out, writable=True, initialised=False)
+    assert buffer.never_written == 160
+    pointers = struct.pack("<2Q", NUMBERS.ctypes.data, out.ctypes.data)
+    emulator.launch("local_array", (1, 1, 1), (32, 1, 1), 0, pointers)
+    assert buffer.never_written == 32
