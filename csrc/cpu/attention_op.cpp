@@ -49,12 +49,14 @@ void attend(const AttentionCall& call, const AttentionKernels& kernels, const Sp
   float* const partials = workspace(plan.num_threads() * scratch + plan.partial_floats);
   float* const scratches = partials + plan.partial_floats;
   torch::stable::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i = plan.thread_begin[thread]; i < plan.thread_begin[thread + 1]; ++i) {
-        const AttentionWork& work = plan.work[i];
-        const AttendPiece attend_piece = rows_of(work) <= kDecodeRows ? kernels.decode : kernels.prefill;
-        attend_piece(call, work, scratches + thread * scratch, partials);
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const AttentionWork* const end_of_thread = plan.work.data() + plan.thread_begin[thread + 1];
+      for (const AttentionWork* work = plan.work.data() + plan.thread_begin[thread]; work < end_of_thread; ++work) {
+        const AttendPiece attend_piece = rows_of(*work) <= kDecodeRows ? kernels.decode : kernels.prefill;
+        const AttentionWork* const following = work + 1 < end_of_thread ? work + 1 : nullptr;
+        attend_piece(call, *work, following, scratches + thread * scratch, partials);
       }
+    }
   });
   torch::stable::parallel_for(0, int64_t(plan.merges.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)

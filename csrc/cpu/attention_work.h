@@ -34,7 +34,9 @@ static inline int64_t scratch_floats(const AttentionCall& call) {
   return kPrefillRows * (k + v + 2 * kTileKeys) + kTileKeys * (k + v);
 }
 
-using AttendPiece = void (*)(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials);
+// `following` is what the same thread works on next, or null: its first keys can be fetched from memory meanwhile.
+using AttendPiece = void (*)(const AttentionCall& call, const AttentionWork& work, const AttentionWork* following,
+                             float* scratch, float* partials);
 using MergePieces = void (*)(const AttentionCall& call, const AttentionWork* pieces, int64_t count, float* partials);
 
 // The kernels for one storage type on one instruction set.

@@ -15,6 +15,7 @@ namespace paged {
 struct CpuKernels {
   const char* name;
   bool (*machine_has_it)();
+  bool (*machine_likes_it)();  // whether it is faster there than the sets before it
   AttentionKernels attention_float32, attention_bfloat16, attention_float16;
   cpu::StoreTokens* store_tokens;
   cpu::RotateTokens* rotate_tokens;
@@ -27,7 +28,7 @@ struct CpuKernels {
 // Throws std::runtime_error if that name is unknown or the machine lacks the set.
 const CpuKernels& cpu_kernels();
 
-// Compiled sets that this machine runs, from the slowest to the fastest, joined by commas.
+// Compiled sets that this machine runs, from the fewest instructions to the most, joined by commas.
 std::string supported_instruction_sets();
 
 }  // namespace paged

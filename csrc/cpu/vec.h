@@ -17,6 +17,8 @@
 #endif
 
 #define PAGED_INLINE static inline __attribute__((always_inline))
+// For members and lambdas.
+#define PAGED_INLINED __attribute__((always_inline))
 
 namespace paged::PAGED_ISA {
 namespace {

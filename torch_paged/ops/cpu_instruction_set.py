@@ -22,6 +22,6 @@ def cpu_instruction_set() -> str:
 
 
 def cpu_instruction_sets() -> list[str]:
-    """Return the compiled sets that this machine runs, from the slowest to the fastest."""
+    """Return the compiled sets that this machine runs, from the fewest instructions to the most."""
     names: str = torch.ops.paged.cpu_instruction_sets()
     return names.split(",")

@@ -10,9 +10,6 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-// For lambdas: so the loop over the query's heads is compiled for dense rows without a factor.
-#define PAGED_INLINED __attribute__((always_inline))
-
 namespace paged::PAGED_ISA {
 
 cpu::StoreTokens store_tokens;
