@@ -13,6 +13,8 @@
 namespace paged {
 namespace {
 
+constexpr uintptr_t kHugePage = 2 << 20;  // bytes: of x86-64, and of aarch64 with pages of 4 KiB
+
 Tensor reserve(int64_t nbytes) {
   if (nbytes <= 0) reject("nbytes", text(nbytes), "greater than 0");
   void* const base =
@@ -51,8 +53,27 @@ void release_pages(Tensor& storage, const Tensor& ranges) {
   }
 }
 
+// Large pages for the part of the storage that is made of whole ones; a system without them keeps its small ones.
+void prefer_huge_pages(const Tensor& storage, int64_t begin, int64_t end) {
+  const Arg storage_arg{storage, "storage"};
+  check_dim(storage_arg, 1, "[nbytes]");
+  check_dtype(storage_arg, {ScalarType::Byte});
+  check_contiguous(storage_arg);
+  if (begin < 0 || begin > end || end > storage.numel())
+    reject("begin, end", text("[", begin, ", ", end, ")"),
+           text("ascending and in [0, ", storage.numel(), "] (bytes of storage)"));
+
+  const uintptr_t base = reinterpret_cast<uintptr_t>(storage.const_data_ptr());
+  const uintptr_t first = (base + uintptr_t(begin) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (base + uintptr_t(end)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
 }  // namespace
 }  // namespace paged
 
 STABLE_TORCH_LIBRARY_IMPL(paged, CompositeExplicitAutograd, m) { m.impl("_reserve", TORCH_BOX(&paged::reserve)); }
-STABLE_TORCH_LIBRARY_IMPL(paged, CPU, m) { m.impl("_release_pages", TORCH_BOX(&paged::release_pages)); }
+STABLE_TORCH_LIBRARY_IMPL(paged, CPU, m) {
+  m.impl("_release_pages", TORCH_BOX(&paged::release_pages));
+  m.impl("_prefer_huge_pages", TORCH_BOX(&paged::prefer_huge_pages));
+}

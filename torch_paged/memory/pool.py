@@ -14,6 +14,7 @@ from torch_paged.memory.stats import PoolStats
 from torch_paged.memory.tables import BlockTables
 from torch_paged.ops import cache_view, copy_blocks, swap_blocks
 from torch_paged.ops.cache_layout import check_block_size
+from torch_paged.ops.huge_pages import prefer_huge_pages
 
 # Each layer's keys and values begin on a boundary of this many bytes: the largest page of the common systems.
 _PAGE = 65536
@@ -224,6 +225,8 @@ class Pool:
                 if self.device.type == "cpu"
                 else torch.empty(int(starts[-1]), dtype=torch.uint8, device=self.device)
             )
+            for start, nbytes in zip(starts[:-1].tolist(), cache_bytes * self.num_layers, strict=True):
+                prefer_huge_pages(self._storage, start, start + nbytes)
             caches = [
                 cache_view(self._storage[start:], num_blocks, self.block_size, heads, dim, key.dtype)
                 for start, dim in zip(starts[:-1].tolist(), dims * self.num_layers, strict=True)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torch_paged.ops.huge_pages import prefer_huge_pages
+
 MAX_BLOCK_SIZE = 256
 
 
@@ -39,7 +41,9 @@ def empty_cache(
     _check_sizes(num_blocks, block_size, num_kv_heads, head_dim=head_dim, v_head_dim=value_dim)
 
     def allocate(dim: int) -> Tensor:
-        return torch.empty(num_blocks, num_kv_heads, block_size, dim, dtype=dtype, device=device).transpose(1, 2)
+        cache = torch.empty(num_blocks, num_kv_heads, block_size, dim, dtype=dtype, device=device)
+        prefer_huge_pages(cache.view(-1).view(torch.uint8), 0, cache.nbytes)
+        return cache.transpose(1, 2)
 
     return allocate(head_dim), allocate(value_dim)
 
