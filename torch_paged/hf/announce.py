@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from torch_paged.hf.cache import PagedCache
@@ -63,10 +64,12 @@ def make_call(
     cache.state.check_rows(num_seqs)
     if not native:
         return Call(num_seqs, width)
+    cache.state.let_finished_leave()
     columns = cache.state.columns
-    relation = "same"
-    call = Call(num_seqs, width)
-    if attention_mask is None or _shape(attention_mask) == (num_seqs, columns.count + width):
+    relation, valid = "same", None
+    if cache.state.seen_mask.shows_ones(attention_mask, columns.count + width):
+        pass
+    elif attention_mask is None or _shape(attention_mask) == (num_seqs, columns.count + width):
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
         relation = columns.compare(None if mask is None else mask[:, : columns.count])
         if relation == "reveals":
@@ -74,10 +77,15 @@ def make_call(
                 f"attention_mask: {'None' if mask is None else 'shows columns that earlier calls hid'}; must be that "
                 "of all columns, and go on hiding the padding of earlier calls, which a PagedCache does not store"
             )
-        if mask is not None and not mask[:, columns.count :].all():
-            call = Call(num_seqs, width, mask[:, columns.count :].copy())
+        if mask is not None:
+            valid = mask[:, columns.count :].copy()
+        if relation == "same" and isinstance(attention_mask, Tensor):
+            cache.state.seen_mask.see(attention_mask)
     else:
         relation = "other"
+    if columns.gone is not None:
+        valid = (np.True_ if valid is None else valid) & np.repeat(~columns.gone[:, None], width, axis=1)
+    call = Call(num_seqs, width, None if valid is None or valid.all() else valid)
     reason = refusal or cache.state.refusal or _not_native(cache, call, inputs, relation)
     if reason is None:
         call.native = True
@@ -114,5 +122,8 @@ def _not_native(cache: PagedCache, call: Call, inputs: dict[str, Any], relation:
 def _hides_last_of_a_row(cache: PagedCache, call: Call) -> bool:
     """Right padding: stock lets a hidden column look at the row's tokens, and generate goes on from what it sees."""
     assert call.valid is not None
-    holds = (call.num_tokens > 0) | cache.state.columns.stored(call.num_seqs).any(axis=1)
+    seq_lens = cache.state.seq_lens
+    holds = call.num_tokens > 0
+    if len(seq_lens):
+        holds |= seq_lens > 0
     return bool((holds & ~call.valid[:, -1]).any())

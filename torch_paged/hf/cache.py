@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -34,6 +35,9 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         ValueError, TypeError: a knob is unknown, out of range or of the wrong type, or `config` is no config.
     """
 
+    # Nobody but the call of generate that it was made for has it.
+    made_by_generate = False
+
     def __init__(self, config: PreTrainedConfig, **knobs: Any) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config: {type(config).__name__}; must be a transformers config, such as model.config")
@@ -41,10 +45,11 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         self._build(DynamicCache(config=config), Pools(PagedConfig(**knobs)), voice)
 
     @classmethod
-    def like(cls, stock: DynamicCache, pools: Pools, voice: Voice | None = None) -> PagedCache:
+    def for_generate(cls, stock: DynamicCache, pools: Pools, voice: Voice | None = None) -> PagedCache:
         """A paged cache with the layers of an empty `stock` cache, in `pools`; `voice` tells where it is gathered."""
         cache = cls.__new__(cls)
         cache._build(stock, pools, voice)
+        cache.made_by_generate = True
         return cache
 
     @staticmethod
@@ -80,6 +85,16 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         self.state.rollback(call)
         if self.state.num_seqs is None:
             self.reset()
+
+    def go_back(self, columns: int, seq_lens: np.ndarray) -> None:
+        """Drop what came after a state of so many columns and tokens per row, also from several forward passes."""
+        if columns == 0:
+            self.reset()
+            return
+        self.state.go_back(columns, seq_lens)
+        for layer in self._paged_layers():
+            layer.columns = columns
+            layer.call = None
 
     def refuse(self, reason: str) -> None:
         """Gather from now on, after a native call was found to need the model's own attention.
@@ -136,6 +151,11 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         for layer in self.layers:
             layer.reset()
         self.state.release()
+
+    @property
+    def config(self) -> PagedConfig:
+        """The knobs of the pools this cache draws from."""
+        return self.state.pools.config
 
     def stats(self) -> PoolStats:
         """Of the pools this cache draws from."""

@@ -58,6 +58,8 @@ class Columns:
 
     runs: list[tuple[np.ndarray | None, int]] = field(default_factory=list)
     count: int = 0
+    # bool `[num_seqs]`: rows that hold nothing any more, whatever the runs say; None = no row.
+    gone: np.ndarray | None = None
     # A hidden column stands after a stored one, so that distances in columns and in tokens differ. Stays set when the
     # row that had it goes: the cost is a gathered call.
     holes: bool = False
@@ -67,7 +69,7 @@ class Columns:
             return
         self.holes = self.holes_with(call)
         self.count += call.width
-        if call.valid is not None:
+        if call.valid is not None and not self._live(call.valid).all():
             self.runs.append((call.valid, call.width))
         elif self.runs and self.runs[-1][0] is None:
             self.runs[-1] = (None, self.runs[-1][1] + call.width)
@@ -85,29 +87,43 @@ class Columns:
             dropped = dropped + (cut if valid is None else valid[:, run - cut :].sum(1))
             if cut < run:
                 self.runs.append((None if valid is None else valid[:, : run - cut], run - cut))
-        return dropped
+        return dropped if self.gone is None else np.where(self.gone, 0, dropped)
 
     def select(self, rows: np.ndarray) -> None:
         self.runs = [(valid if valid is None else valid[rows], width) for valid, width in self.runs]
+        self.gone = None if self.gone is None else self.gone[rows]
+
+    def same_after(self, rows: np.ndarray) -> bool:
+        """Whether `select(rows)` would leave all as it is: rows of one prompt change places."""
+        selected = [(valid, valid[rows]) for valid, _ in self.runs if valid is not None]
+        return all(valid.shape == new.shape and bool((valid == new).all()) for valid, new in selected)
 
     def copy(self) -> Columns:
-        return Columns(list(self.runs), self.count, self.holes)
+        return Columns(list(self.runs), self.count, self.gone, self.holes)
 
     @property
     def all_stored(self) -> bool:
-        return all(valid is None for valid, _ in self.runs)
+        return self.gone is None and all(valid is None for valid, _ in self.runs)
 
     def holes_with(self, call: Call) -> bool:
         """`holes`, once the columns of `call` are appended."""
         if self.holes or call.valid is None:
             return self.holes
-        everything = np.concatenate([self.stored(call.num_seqs), call.valid], axis=1)
+        everything = self._live(np.concatenate([self.stored(call.num_seqs), call.valid], axis=1))
         return bool((everything[:, :-1] & ~everything[:, 1:]).any())
 
     def stored(self, num_seqs: int) -> np.ndarray:
         """bool `[num_seqs, count]`."""
         runs = [np.ones((num_seqs, width), dtype=np.bool_) if v is None else v for v, width in self.runs]
-        return np.concatenate([np.ones((num_seqs, 0), dtype=np.bool_), *runs], axis=1)
+        stored = np.concatenate([np.ones((num_seqs, 0), dtype=np.bool_), *runs], axis=1)
+        return stored if self.gone is None else stored & ~self.gone[:, None]
+
+    def leave(self, rows: np.ndarray) -> None:
+        """Rows (bool `[num_seqs]`) hold nothing any more, and will not."""
+        self.gone = rows if self.gone is None else self.gone | rows
+
+    def _live(self, cells: np.ndarray) -> np.ndarray:
+        return cells if self.gone is None else cells[~self.gone]
 
     def compare(self, mask: np.ndarray | None) -> str:
         """How `mask` (bool `[num_seqs, count]`, or None: all ones) relates to what is stored.
@@ -117,11 +133,13 @@ class Columns:
         """
         answer, start = "same", 0
         for valid, width in self.runs:
-            part = np.True_ if mask is None else mask[:, start : start + width]
+            part = np.ones((1, 1), dtype=np.bool_) if mask is None else self._live(mask[:, start : start + width])
             start += width
             if valid is None:
                 answer = answer if part.all() else "hides"
-            elif (part != valid).any():
+                continue
+            valid = self._live(valid)
+            if (part != valid).any():
                 if (part & ~valid).any():
                     return "reveals"
                 answer = "hides"

@@ -19,6 +19,13 @@ class PagedConfig:
             the same tokens; given up when blocks run out, and when the weights change.
         salt: blocks remembered under one salt are not found under another: a tenant cannot find out, by how fast a
             prompt is answered, whether others sent it.
+        max_prefill_tokens: tokens that one forward pass of a prefill computes at most, of all rows together; longer
+            prefills run as several passes, which bounds the memory of activations. At least 1. What engines call
+            max_num_batched_tokens.
+        min_shared_prefix: rows of a batch whose first so many tokens are the same compute and store these once; 0 = no
+            rows but identical ones. Each level of prefixes costs a forward pass of its own.
+        drop_finished_rows: rows of a batch that met their stopping criterion give their blocks back at once and are
+            computed no more, where stock would go on with pad tokens for them. Their scores are zeros then.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
@@ -29,13 +36,21 @@ class PagedConfig:
     max_memory: int | float | str | None = None
     prefix_caching: bool = False
     salt: str = ""
+    max_prefill_tokens: int = 2048
+    min_shared_prefix: int = 64
+    drop_finished_rows: bool = True
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
-            raise TypeError(f"block_size: {type(self.block_size).__name__}; must be an int")
+        for name, least in (("block_size", 1), ("max_prefill_tokens", 1), ("min_shared_prefix", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: {type(value).__name__}; must be an int")
+            if value < least and name != "block_size":
+                raise ValueError(f"{name}: {value}; must be at least {least}")
         check_block_size(self.block_size)
-        for name, wanted in (("prefix_caching", bool), ("salt", str), ("strict", bool)):
+        kinds = (("prefix_caching", bool), ("salt", str), ("drop_finished_rows", bool), ("strict", bool))
+        for name, wanted in kinds:
             if not isinstance(value := getattr(self, name), wanted):
                 raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")
         parse_max_memory(self.max_memory)

@@ -104,6 +104,11 @@ class LayerGroup:
         if self.call is call:
             self.crop(call.num_tokens)
 
+    def empty(self, rows: np.ndarray) -> None:
+        with self.pool.lock:
+            self.tables.empty(rows)
+        self.call = self.step = None
+
     def record_past(self) -> None:
         self.tables.record_past = True
 

@@ -157,7 +157,7 @@ class PagedHandle:
         if support.path is Path.STOCK:
             return cache
         # Calls of encoder-decoders reach their cache inside another one, so nobody announces them.
-        paged = PagedCache.like(cache, self._pools, None if model.config.is_encoder_decoder else self._voice)
+        paged = PagedCache.for_generate(cache, self._pools, None if model.config.is_encoder_decoder else self._voice)
         self._caches.add(paged)
         if self.config.prefix_caching and support.path is Path.NATIVE and not model.training:
             paged.state.prefixes = RowPrefixes(self._prefixes, self.config.salt)

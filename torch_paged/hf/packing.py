@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.family import family
@@ -22,8 +21,11 @@ _ALLOWED = {
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-def pack_problem(model: PreTrainedModel, cache: PagedCache) -> str | None:
+def pack_problem(forward: Forward, cache: PagedCache) -> str | None:
     """Why tokens of different rows of `cache` cannot stand in one row of the inputs of this native model, or None."""
+    model = forward.model
+    if "position_ids" not in forward.parameters and not family(model.config.model_type).packed_without_positions:
+        return "the model computes its positions from columns"
     if not cache.all_paged:
         return "layers of another kind than keys and values read along the row"
     if model._forward_hooks or model._forward_pre_hooks:
@@ -38,19 +40,20 @@ def call_problem(forward: Forward, inputs: dict[str, Any]) -> str | None:
     config = forward.model.config
     if torch.is_grad_enabled() or forward.model.training:
         return "a graph is recorded, or dropout draws for every column"
-    if unknown := [name for name, value in inputs.items() if name not in _ALLOWED and value not in (None, False)]:
+    if unknown := [name for name, value in inputs.items() if name not in _ALLOWED and not _is_unset(value)]:
         return f"{', '.join(unknown)} may belong to rows or columns"
     if getattr(config, "output_router_logits", False) or not (inputs.get("return_dict", True) and config.return_dict):
         return "outputs other than logits and hidden states by name"
     if not isinstance(inputs.get("logits_to_keep", 0), int):
         return "logits of chosen columns"
     positions = inputs.get("position_ids")
-    if "position_ids" not in forward.parameters:
-        relative = family(config.model_type).packed_without_positions
-        return None if relative else "it takes no position_ids"
-    if not isinstance(positions, Tensor) or positions.ndim != 2:
+    if "position_ids" in forward.parameters and (not isinstance(positions, Tensor) or positions.ndim != 2):
         return "the model computes its positions from columns"
     return None
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, dict) and all(map(_is_unset, value.values())))
 
 
 def _rope_types(config: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
@@ -15,13 +16,14 @@ from torch_paged.hf.announce import announced, make_call
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention, current
 from torch_paged.hf.disguise import disguise
+from torch_paged.hf.leaving import beams_leaving, leaving, tell_of_beams
 from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import call_problem, pack_problem
 from torch_paged.hf.prefill import prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
 from torch_paged.hf.random_state import RandomState
 from torch_paged.hf.support import Path, implementation_reason, training_reason
-from torch_paged.hf.unpadded import run_unpadded
+from torch_paged.hf.unpadded import run_unpadded, saves_work
 
 if TYPE_CHECKING:
     from torch_paged.hf.handle import PagedHandle
@@ -76,7 +78,8 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
                 return base.__call__(self, *args, **kwargs)
             return _announced_call(base, handle, self, named, args, kwargs)
 
-    if features.probe()["_prefill"]:
+    hooks = features.probe()
+    if hooks["_prefill"]:
 
         def _prefill(
             self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -85,6 +88,55 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             return prefill_once(stock, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
         Paged._prefill = _prefill
+
+    if hooks["_sample"]:
+
+        def _sample(
+            self: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+            *args: Any, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            cache = rows_may_leave(Forward(base, self), generation_config, args, kwargs)
+            with leaving(self, cache, stopping_criteria) as criteria:
+                return base._sample(self, input_ids, logits_processor, criteria, generation_config, *args, **kwargs)
+
+        Paged._sample = _sample
+
+    if hooks["_beam_search"]:
+
+        def _beam_search(
+            self: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+            *args: Any, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            cache = rows_may_leave(Forward(base, self), generation_config, args, kwargs)
+            with beams_leaving(cache, [*logits_processor, *stopping_criteria]):
+                return base._beam_search(
+                    self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
+                )
+
+        def unfinished(
+            is_early_stop_heuristic_unsatisfied: Any, is_sent_finished: Any, next_token_hits_stopping_criteria: Any,
+            early_stopping: Any,
+        ) -> Any:  # fmt: skip
+            tell_of_beams(is_early_stop_heuristic_unsatisfied, is_sent_finished, early_stopping)
+            return base._beam_search_has_unfinished_sequences(
+                is_early_stop_heuristic_unsatisfied, is_sent_finished, next_token_hits_stopping_criteria, early_stopping
+            )
+
+        Paged._beam_search = _beam_search
+        Paged._beam_search_has_unfinished_sequences = staticmethod(unfinished)
+
+    if base._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation:
+
+        def _update_model_kwargs_for_generation(
+            self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            before = model_kwargs.get("attention_mask")
+            grown = base._update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs)
+            if isinstance(cache := grown.get("past_key_values"), PagedCache):
+                cache.state.seen_mask.grow(before, grown.get("attention_mask"))
+            return grown
+
+        Paged._update_model_kwargs_for_generation = _update_model_kwargs_for_generation
 
     # Copies and pickles are of the stock class: the patch belongs to this instance alone.
     disguise(Paged, base)
@@ -115,8 +167,8 @@ def _announced_call(
         if (
             call is not None
             and call.native
-            and (call.valid is not None or cache.state.prefixes is not None)
-            and pack_problem(model, cache) is None
+            and (saves_work(cache, call) or cache.state.prefixes is not None)
+            and pack_problem(run, cache) is None
             and call_problem(run, named) is None
         ):
             if (rows := prompt_rows(cache.state, call, named)) is not None:
@@ -130,6 +182,23 @@ def _announced_call(
         random_state.restore()
     with announced(cache, make_call(cache, named, native=native, say=handle.say)):
         return run(*args, **kwargs)
+
+
+def rows_may_leave(
+    forward: Forward, generation_config: Any, args: tuple[Any, ...], model_kwargs: Any
+) -> PagedCache | None:
+    """The cache whose finished rows nobody can ask for any more; None where somebody can.
+
+    A caller who gets a dict gets the cache, and with it what stock computes for rows that are finished; so does one who
+    passed a cache. Devices that run in step must not leave one another.
+    """
+    cache = model_kwargs.get("past_key_values")
+    in_step = bool(args and args[0]) or model_kwargs.get("synced_gpus")
+    if in_step or generation_config.return_dict_in_generate or not isinstance(cache, PagedCache):
+        return None
+    if not cache.made_by_generate or not cache.config.drop_finished_rows or pack_problem(forward, cache) is not None:
+        return None
+    return cache
 
 
 def is_plain_dynamic(cache: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from torch_paged.hf.call import Call, Columns, NeedsOwnAttention
+from torch_paged.hf.finished import Finished
 from torch_paged.hf.group import LayerGroup
 from torch_paged.hf.pools import GroupKey, Pools
+from torch_paged.hf.seen_mask import SeenMask
 from torch_paged.hf.support import Path, Support
 from torch_paged.hf.voice import Voice
 
@@ -34,6 +37,9 @@ class CacheState:
         # What is remembered of these rows, and whether they began with what was remembered of others.
         self.prefixes: RowPrefixes | None = None
         self.adopted = False
+        # What the decoding that runs says of its rows, if it does.
+        self.finished: Finished | None = None
+        self.seen_mask = SeenMask()
         # Why calls over this cache must gather, once one was found to.
         self.refusal: str | None = None
 
@@ -49,6 +55,19 @@ class CacheState:
         """Raises: ValueError, if the cache holds another number of rows."""
         if self.num_seqs not in (None, num_seqs):
             raise ValueError(f"batch size: {num_seqs}; must be {self.num_seqs}, the rows this PagedCache holds")
+
+    def let_finished_leave(self) -> None:
+        """Free the blocks of the rows that are finished by now; later calls do not compute them."""
+        rows = None if self.finished is None else self.finished.rows()
+        gone = self.columns.gone
+        if rows is None or not (rows if gone is None else rows & ~gone).any():
+            return
+        assert self.finished is not None
+        self.finished.before_leaving(rows, self.finished.sequences)
+        for group in self.groups.values():
+            group.empty(np.flatnonzero(rows))
+        self.columns.leave(rows.copy())
+        self.call = None
 
     def say_unannounced(self) -> None:
         """Tell of a forward pass that no patched model announced; raise ValueError if strict."""
@@ -101,8 +120,44 @@ class CacheState:
             if self.columns.count == 0 and not self.seq_lens.any():
                 self.release()
 
+    def go_back(self, columns: int, seq_lens: np.ndarray) -> None:
+        """Drop the columns and tokens that came after these."""
+        self.columns.crop(self.columns.count - columns)
+        for group in self.groups.values():
+            group.crop(group.tables.seq_lens - seq_lens)
+        self.call = None
+
+    def copy_rows(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Make rows share all that other rows hold.
+
+        Args:
+            copies: (row, source, ...), no source among the rows.
+        """
+        assert self.num_seqs is not None
+        rows = np.arange(self.num_seqs)
+        for row, source, *_ in copies:
+            rows[row] = source
+        for group in self.groups.values():
+            group.select(rows)
+
+    @contextmanager
+    def past_kept(self) -> Iterator[None]:
+        """Keep the blocks that leave a sliding window meanwhile, so that `go_back` can."""
+        if self.recording_past or not self.columns.count:
+            yield
+            return
+        self.record_past()
+        try:
+            yield
+        finally:
+            self.recording_past = False
+            for group in self.groups.values():
+                group.tables.record_past = False
+                group.drop_past()
+
     def crop(self, width: int) -> None:
         dropped = self.columns.crop(min(width, self.columns.count))
+        self.seen_mask.forget()
         assert self.num_seqs is not None
         for group in self.groups.values():
             group.crop(np.broadcast_to(np.asarray(dropped, dtype=np.int64), (self.num_seqs,)))
@@ -121,6 +176,8 @@ class CacheState:
         indices = np.arange(self.num_seqs)[torch.as_tensor(rows).cpu().numpy()]
         for group in self.groups.values():
             group.select(indices)
+        if not self.columns.same_after(indices):
+            self.seen_mask.forget()
         self.columns.select(indices)
         self.num_seqs = len(indices)
         self.call = None
@@ -146,6 +203,7 @@ class CacheState:
             group.release()
         self.groups.clear()
         self.columns = Columns()
+        self.seen_mask.forget()
         self.refusal = None
         self.adopted = False
         self.call = None
