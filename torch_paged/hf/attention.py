@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.group import Step
 from torch_paged.hf.implementation import NAME, previous
+from torch_paged.hf.layer import token_rows
 from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import PagedKV, materialize
 
@@ -39,7 +40,8 @@ def paged_attention(
     Raises:
         NeedsOwnAttention: in a native call, for what only the model's own attention and mask can do.
     """
-    if _native_step(key) is None:
+    step = _native_step(key)
+    if step is None:
         if in_native_call() and attention_mask is None and _is_causal(module, kwargs):
             raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
         output: tuple[Tensor, Tensor | None] = _own_attention(module)(
@@ -97,13 +99,15 @@ def attend(
     assert layer.call is not None
     if layer.sliding_window not in (0, *layer.call.windows):
         raise NeedsOwnAttention(f"the cache of {type(module).__name__} has a window, which its mask does not have")
-    batch, heads, width, head_dim = query.shape
-    rows = query.transpose(1, 2).reshape(batch * width, heads, head_dim).to(layer.dtype)
+    batch, _, width, _ = query.shape
+    rows = token_rows(query)
+    if rows.dtype != layer.dtype:
+        rows = rows.to(layer.dtype)
     if step.query_rows is not None:
         rows = rows[step.query_rows]
     out = without_gradient(
         rows,
-        lambda: torch.ops.paged.attention(
+        lambda: _attention(
             rows,
             layer.key_cache,
             layer.value_cache,
@@ -120,7 +124,7 @@ def attend(
     )
     if step.query_rows is not None:
         out = out.new_zeros(batch * width, *out.shape[1:]).index_copy(0, step.query_rows, out)
-    return out.view(batch, width, heads, -1)
+    return out.view(batch, width, *out.shape[1:])
 
 
 def _native_step(key: Tensor) -> Step | None:
@@ -152,5 +156,8 @@ def _own_attention(module: nn.Module) -> Any:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(previous(module.config), eager)
 
+
+# Without the choice of an overload: 2 microseconds in every layer and step.
+_attention = torch.ops.paged.attention.default
 
 AttentionInterface.register(NAME, paged_attention)

@@ -17,6 +17,9 @@ from torch_paged.hf.pools import GroupKey
 from torch_paged.hf.state import CacheState
 from torch_paged.hf.support import has_kernel, head_dims_problem
 
+# Without the choice of an overload: 2 microseconds in every layer and step.
+_reshape_and_cache = torch.ops.paged.reshape_and_cache.default
+
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Writes the pool through the tables it shares with the layers that live alike.
@@ -91,17 +94,18 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
         self._check_shapes(key_states, value_states)
         step = self.group.plan(call)
-        key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
-        torch.ops.paged.reshape_and_cache(
-            key_states.detach().transpose(1, 2).reshape(batch * width, num_kv_heads, head_dim),
-            value_states.detach().transpose(1, 2).reshape(batch * width, num_kv_heads, -1),
-            self.key_cache,
-            self.value_cache,
-            step.slot_mapping,
-        )
+        if not key_states.dtype == value_states.dtype == self.dtype:
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
+        with_graph = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        key, value = token_rows(key_states), token_rows(value_states)
+        if with_graph:
+            key, value = key.detach(), value.detach()
+        _reshape_and_cache(key, value, self.key_cache, self.value_cache, step.slot_mapping)
         self.call = call
         self.columns += call.width
         pair = GatheredPair(self, self._seen(call.width))
+        if call.native and not with_graph:
+            return PagedKV(pair, 0, key_states), PagedKV(pair, 1, value_states)
 
         def result(position: int, like: Tensor) -> Tensor:
             return PagedKV(pair, position, like) if call.native else pair.tensors()[position]
@@ -195,6 +199,18 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("layers share a block table: reorder the PagedCache, not one of its layers")
+
+
+def token_rows(states: Tensor) -> Tensor:
+    """`[batch, heads, width, head_dim]` as `[batch * width, heads, head_dim]`, a view where one dimension is 1."""
+    batch, _, width, _ = states.shape
+    if width == 1:
+        rows = states.squeeze(2)
+    elif batch == 1:
+        rows = states[0].transpose(0, 1)
+    else:
+        rows = states.transpose(1, 2).flatten(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _storage_dtype(key: Tensor, value: Tensor) -> torch.dtype:
