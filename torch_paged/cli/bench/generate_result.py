@@ -54,6 +54,11 @@ class WayResult:
         """The largest of any round."""
         return max((run.peak_kv_bytes for run in self.runs if run.peak_kv_bytes is not None), default=None)
 
+    @property
+    def slots_used(self) -> float | None:
+        """Tokens stored by token slots held, averaged over the steps of the last round."""
+        return self.runs[-1].slots_used if self.runs else None
+
 
 @dataclass
 class CaseResult:
@@ -106,6 +111,7 @@ class CaseResult:
             "total": way.total.as_json(),
             "new_tokens_per_s": self.case.useful_tokens / way.total.median,
             "peak_kv_bytes": way.peak_kv_bytes,
+            "slots_used": way.slots_used,
             "same_tokens": None if same is None else same == len(way.runs[0].tokens),
             "sequences_with_same_tokens": same,
             "step_speedup_over_dynamic": self.step_ratio(way),
@@ -118,7 +124,7 @@ def table(results: Sequence[CaseResult]) -> Table:
     for header in ("case", "dtype", "way"):
         made.add_column(header)
     headers = ["a step, ms", "times\nas fast", "prefill, s", "of tokens", "total, s", "times\nas fast"]
-    headers += ["tokens/s", "peak KV", "same\ntokens"]
+    headers += ["tokens/s", "peak KV", "slots\nused", "same\ntokens"]
     for header in headers:
         made.add_column(header, justify="right", no_wrap=True)
     for result in results:
@@ -134,7 +140,8 @@ def notes(results: Sequence[CaseResult]) -> list[str]:
     lines = [
         f"Times as fast: as {STOCK}. Prefill: until every row has its first token, "
         f"and the positions that were computed for it. Tokens/s: of the new tokens "
-        f"asked for. Same tokens: as {STOCK}, in float32.",
+        f"asked for. Slots used: tokens stored by slots of the blocks held, averaged over the steps. "
+        f"Same tokens: as {STOCK}, in float32.",
     ]
     for result in results:
         for way in result.ways:
@@ -174,6 +181,7 @@ def _cells(result: CaseResult, way: WayResult) -> tuple[str, ...]:
         _ratio(result.total_ratio(way)),
         f"{result.case.useful_tokens / way.total.median:.1f}",
         "–" if peak is None else as_bytes(peak),
+        "–" if way.slots_used is None else f"{way.slots_used:.1%}",
         "–" if same is None else "yes" if same == sequences else f"NO: {same} of {sequences}",
     )
 

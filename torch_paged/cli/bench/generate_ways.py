@@ -13,6 +13,7 @@ import torch_paged
 from torch_paged.cli.bench.generate_cases import GenerateCase
 
 PAD = 0
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Run:
         seconds: of the whole call.
         peak_kv_bytes: keys and values held when they were most; None where the way does not tell.
         prefill_tokens: positions that the model computed before the first tokens; None where the way does not tell.
+        slots_used: tokens stored by token slots held, averaged over the steps; None where the way does not tell.
     """
 
     tokens: list[list[int]]
@@ -33,6 +35,7 @@ class Run:
     seconds: float
     peak_kv_bytes: int | None
     prefill_tokens: int | None = None
+    slots_used: float | None = None
 
     @property
     def prefill(self) -> float:
@@ -75,10 +78,13 @@ def paged(block_size: int) -> Way:
 
     def run(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
         with torch_paged.paged(model, block_size=block_size, prefix_caching=bool(case.turns)) as handle:
-            run, cache = _generate(model, case, seed)
-            peak = handle.stats().peak_bytes
-            del cache
-        return _with_bytes(run, peak)
+
+            def slots_used() -> float:
+                return 1 - handle.stats().waste
+
+            # Whoever asks for the cache gets the rows that are finished too, so that none may leave.
+            run, _ = _generate(model, case, seed, slots_used, return_dict_in_generate=False)
+            return _with_bytes(run, handle.stats().peak_bytes)
 
     return run
 
@@ -90,49 +96,73 @@ def held_bytes(cache: Any) -> int:
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes the time after each step, and ends each row with its wish."""
+    """Notes the time after each step, and ends each row with its wish, as an end-of-sequence token would."""
 
-    def __init__(self, case: GenerateCase, width: int, start: float) -> None:
+    def __init__(
+        self, case: GenerateCase, width: int, start: float, slots_used: Callable[[], float] | None = None
+    ) -> None:
         self.width, self.start = width, start
         self.marks: list[float] = []
+        self.slots_used, self._slots_used = list[float](), slots_used
         wishes = torch.tensor(case.wishes)
         # Rows that all end together are ended by max_new_tokens; the rows of beams are not those of the prompts.
         self.wishes = wishes if len(set(case.wishes)) > 1 else None
+        if self.wishes is not None:
+            # What makes stock pad the rows that are finished, instead of sampling on.
+            self.eos_token_id = torch.tensor([NO_TOKEN])
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.marks.append(time.perf_counter() - self.start)
+        if self._slots_used is not None:
+            self.slots_used.append(self._slots_used())
         if self.wishes is None:
             return torch.zeros(len(input_ids), dtype=torch.bool)
         return input_ids.shape[1] - self.width >= self.wishes
 
 
-def _generate(model: PreTrainedModel, case: GenerateCase, seed: int, **options: Any) -> tuple[Run, Any]:
-    """Return the run, its bytes not yet counted, and the last cache: blocks are held as long as it lives."""
+def _generate(
+    model: PreTrainedModel,
+    case: GenerateCase,
+    seed: int,
+    slots_used: Callable[[], float] | None = None,
+    **options: Any,
+) -> tuple[Run, Any]:
+    """Return the run, its bytes not yet counted, and the last cache: what it holds is held as long as it lives."""
     width = max(map(len, case.prompts))
     padded = [[PAD] * (width - len(prompt)) + prompt for prompt in case.prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in case.prompts]
     input_ids, attention_mask = torch.tensor(padded), torch.tensor(mask)
     set_seed(seed)
-    run, output = _call(model, case, input_ids, attention_mask, options)
+    run, output = _call(model, case, input_ids, attention_mask, slots_used, options)
     runs = [run]
     for turn in case.turns:
-        history = output.sequences
+        history = _sequences(output)
         del output
         input_ids = torch.cat([history, torch.tensor([turn] * len(history))], dim=1)
-        run, output = _call(model, case, input_ids, torch.ones_like(input_ids), options)
+        run, output = _call(model, case, input_ids, torch.ones_like(input_ids), slots_used, options)
         runs.append(run)
     if case.turns:
         run = _one_after_the_other(runs, [sum((run.tokens[0] for run in runs), [])])
-    return run, output.past_key_values
+    return run, None if isinstance(output, Tensor) else output.past_key_values
+
+
+def _sequences(output: Any) -> Tensor:
+    sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
+    return sequences
 
 
 def _call(
-    model: PreTrainedModel, case: GenerateCase, input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]
+    model: PreTrainedModel,
+    case: GenerateCase,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    slots_used: Callable[[], float] | None,
+    options: dict[str, Any],
 ) -> tuple[Run, Any]:
     """One call of generate: the run, and what came back."""
     width = input_ids.shape[1]
     start = time.perf_counter()
-    clock = _Clock(case, width, start)
+    clock = _Clock(case, width, start, slots_used)
     embedding, computed = model.get_input_embeddings(), 0
     embed = embedding.forward
 
@@ -149,17 +179,17 @@ def _call(
             input_ids=input_ids,
             attention_mask=attention_mask,
             max_new_tokens=max(case.wishes),
-            return_dict_in_generate=True,
             stopping_criteria=[clock],
-            **{"do_sample": False, **case.options, **options},
+            **{"do_sample": False, "return_dict_in_generate": True, **case.options, **options},
         )
     finally:
         del embedding.forward
     seconds = time.perf_counter() - start
     wishes = [wish for wish in case.wishes for _ in range(case.returned)]
-    new = output.sequences[:, width:].tolist()
+    new = _sequences(output)[:, width:].tolist()
     tokens = [row[:wish] for row, wish in zip(new, wishes, strict=True)]
-    return Run(tokens, clock.marks, seconds, None, computed), output
+    used = sum(clock.slots_used) / len(clock.slots_used) if clock.slots_used else None
+    return Run(tokens, clock.marks, seconds, None, computed, used), output
 
 
 def _one_after_the_other(runs: list[Run], tokens: list[list[int]]) -> Run:
