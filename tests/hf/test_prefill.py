@@ -219,3 +219,17 @@ class TestPlan:
             if at_least == 1:
                 prefixes = {tuple(row[: n + 1]) for row in rows for n in range(len(row))}
                 assert sum(int(part.num_tokens(len(rows)).sum()) for part in passes) == len(prefixes)
+
+
+@pytest.mark.parametrize(
+    "knobs, error, message",
+    [
+        ({"max_prefill_tokens": 0}, ValueError, "max_prefill_tokens: 0; must be at least 1"),
+        ({"max_prefill_tokens": 2.0}, TypeError, "max_prefill_tokens: float; must be an int"),
+        ({"min_shared_prefix": -1}, ValueError, "min_shared_prefix: -1; must be at least 0"),
+        ({"drop_finished_rows": 1}, TypeError, "drop_finished_rows: int; must be a bool"),
+    ],
+)
+def test_knobs_out_of_range(knobs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        torch_paged.PagedConfig(**knobs)
