@@ -12,6 +12,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import torch_paged
+from torch_paged.hf.support import dtype_problem
 
 from .counting import count_calls
 from .host_state import host_state
@@ -80,3 +81,9 @@ def test_spreading_a_model_that_is_patched(tmp_path: Path) -> None:
     assert torch.equal(generate(model, INPUTS), expected) and handle.stats().peak_bytes > 0
     handle.unpatch()
     assert torch.equal(generate(model, INPUTS), expected)
+
+
+def test_float64_on_a_gpu_is_left_to_the_models_own_attention():
+    assert dtype_problem(torch.float64, "cuda") == "attention in float64 is not among the kernels for cuda"
+    assert dtype_problem(torch.float64, "cpu") is None
+    assert all(dtype_problem(dtype, "cuda") is None for dtype in (torch.float32, torch.bfloat16, torch.float16))

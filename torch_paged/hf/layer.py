@@ -15,7 +15,7 @@ from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import GatheredPair, PagedKV
 from torch_paged.hf.pools import GroupKey
 from torch_paged.hf.state import CacheState
-from torch_paged.hf.support import has_kernel, head_dims_problem
+from torch_paged.hf.support import dtype_problem, has_kernel, head_dims_problem
 
 # Without the choice of an overload: 2 microseconds in every layer and step.
 _reshape_and_cache = torch.ops.paged.reshape_and_cache.default
@@ -88,7 +88,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.state.say_unannounced()
             call = self.state.announce(Call(batch, width))
         if not self.is_initialized:
-            if call.native and (problem := head_dims_problem(head_dim, value_states.shape[-1])):
+            problem = head_dims_problem(head_dim, value_states.shape[-1]) or dtype_problem(
+                _storage_dtype(key_states, value_states), key_states.device.type
+            )
+            if call.native and problem:
                 raise NeedsOwnAttention(problem)
             self.lazy_initialization(key_states, value_states)
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None

@@ -66,6 +66,13 @@ def head_dims_problem(*head_dims: int) -> str | None:
     return None
 
 
+def dtype_problem(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why `torch.ops.paged.attention` does not take this dtype on this kind of device, or None."""
+    if dtype == torch.float64 and device_type != "cpu":
+        return f"attention in float64 is not among the kernels for {device_type}"
+    return None
+
+
 def _head_dims(config: Any) -> list[int]:
     """What the config tells of head sizes: nothing where layers differ, which show theirs when they first run."""
     sizes = config.to_dict()
