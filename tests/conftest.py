@@ -17,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FAMILIES",
         help="of tests/outside: these families, with commas between, or all (default: a handful and some by commit)",
     )
+    parser.addoption(
+        "--soak", type=float, default=20, metavar="SECONDS", help="how long random requests run (default: 20)"
+    )
 
 
 @pytest.fixture(params=["cpu", "cuda-emulated", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -53,6 +53,14 @@ def check_generate() -> None:
     assert figures("stock: # KiB", out) == [[pytest.approx(3 * 63 * KIB_PER_TOKEN, abs=0.5)]]
 
 
+def check_many() -> None:
+    out = run("many", "--requests", "7", "--at-once", "3")
+    assert sorted(number for (number,) in figures("\n#: ", "\n" + out)) == list(range(7))
+    [[finished, tokens, forwards]] = figures("# finished, # tokens in # forward passes", out)
+    assert finished == 7 and forwards < tokens <= 10 + 15 + 20 + 25 + 10 + 15 + 20
+    assert "\n0 blocks are still held" in out
+
+
 def check_beams() -> None:
     out = run("beams", "--beams", "3", "--max-new-tokens", "20")
     assert "same tokens as stock: True" in out

@@ -7,14 +7,30 @@ from torch_paged import ops
 from torch_paged._version import __version__
 
 if TYPE_CHECKING:
-    from torch_paged.hf import PagedCache, PagedConfig, PagedHandle, PoolExhausted, paged, patch, unpatch
+    from torch_paged.hf import (
+        GenerationRequest,
+        GenerationResult,
+        NewTokens,
+        PagedCache,
+        PagedConfig,
+        PagedHandle,
+        PoolExhausted,
+        generate_many,
+        paged,
+        patch,
+        unpatch,
+    )
 
 __all__ = [
+    "GenerationRequest",
+    "GenerationResult",
+    "NewTokens",
     "PagedCache",
     "PagedConfig",
     "PagedHandle",
     "PoolExhausted",
     "__version__",
+    "generate_many",
     "ops",
     "paged",
     "patch",

@@ -96,8 +96,9 @@ def attend(
         raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
     assert isinstance(key, PagedKV)
     layer = key.pair.layer
-    assert layer.call is not None
-    if layer.sliding_window not in (0, *layer.call.windows):
+    call = layer.call
+    assert call is not None
+    if layer.sliding_window not in (0, *call.windows):
         raise NeedsOwnAttention(f"the cache of {type(module).__name__} has a window, which its mask does not have")
     batch, _, width, _ = query.shape
     rows = token_rows(query)
@@ -120,6 +121,7 @@ def attend(
             softcap=softcap or 0.0,
             alibi_slopes=alibi_slopes,
             sinks=None if sinks is None else sinks.float(),
+            deterministic=call.deterministic,
         ),
     )
     if step.query_rows is not None:

@@ -17,6 +17,7 @@ class Call:
         native: our attention reads the blocks in place; else layers see gathered tensors and a dense mask.
         packed: int64 `[num_seqs]`, how many tokens of each row the model sees, all in one row of its inputs, one
             sequence after the other; None: it sees every column, `[num_seqs, width]`.
+        deterministic: attention gives a row the same bits whatever else is in the pass.
         windows: of the masks that the model asked for in a native call, 0 for a causal one.
         num_tokens: int64 `[num_seqs]`, tokens to store per row.
         left_padded: in every row the stored tokens are the last ones, so that queries and keys align at the end.
@@ -27,6 +28,7 @@ class Call:
     valid: np.ndarray | None = None
     native: bool = False
     packed: np.ndarray | None = None
+    deterministic: bool = False
     windows: set[int] = field(default_factory=set)
     num_tokens: np.ndarray = field(init=False)
     left_padded: bool = field(init=False)

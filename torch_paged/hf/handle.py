@@ -165,6 +165,16 @@ class PagedHandle:
             _running.generation.add(paged)
         return paged
 
+    def row_prefixes(self, salt: str | None) -> RowPrefixes | None:
+        """What rows of a cache in these pools may begin with, of this salt or the config's; None if none is kept."""
+        if not self.config.prefix_caching:
+            return None
+        return RowPrefixes(self._prefixes, self.config.salt if salt is None else salt)
+
+    def trim(self) -> None:
+        """Give the memory of free blocks back to the system."""
+        self._pools.trim()
+
     def say(self, support: Support) -> None:
         """Tell the user once why something does not run natively; raise ValueError if `strict`."""
         self._voice.say(support, strict=self.config.strict)

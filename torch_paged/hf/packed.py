@@ -25,6 +25,7 @@ def packed_call(
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     logits_to_keep: Tensor | None = None,
+    deterministic: bool = False,
     **inputs: Any,
 ) -> Any:
     """Run a patched model over new tokens of some rows of `cache`: prefill, chunks and decode steps in one pass.
@@ -40,6 +41,7 @@ def packed_call(
         input_ids: int64 `[tokens]`, row after row.
         position_ids: int64 `[tokens]`; None = each row goes on at its length.
         logits_to_keep: int64, indices into the tokens; None = the last one of each row that has any.
+        deterministic: attention gives a row the same bits whatever else is in the pass.
         **inputs: more arguments of the model.
 
     Returns: the model's outputs. Their first dimension is 1, the second the tokens; of `logits` those asked for.
@@ -57,7 +59,7 @@ def packed_call(
     if logits_to_keep is None:
         logits_to_keep = torch.from_numpy(num_tokens.cumsum()[num_tokens > 0] - 1).to(input_ids.device)
     forward = Forward(stock_class(type(model)), model)
-    call = Call(len(num_tokens), 0, native=True, packed=num_tokens)
+    call = Call(len(num_tokens), 0, native=True, packed=num_tokens, deterministic=deterministic)
     inputs |= dict(input_ids=input_ids[None], position_ids=position_ids[None])
     return forward.packed(cache, call, inputs, logits_to_keep)
 

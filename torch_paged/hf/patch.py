@@ -90,6 +90,13 @@ def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
                 handle.settings = settings
 
 
+def handle_of(model: PreTrainedModel) -> PagedHandle | None:
+    """The handle of a patched model; None if it is not patched."""
+    with patching:
+        handle = _handles.get(model)
+        return handle if handle is not None and handle.patched else None
+
+
 def unwrap(model: Any) -> PreTrainedModel:
     """The transformers model inside PEFT, data-parallel and compiled wrappers.
 

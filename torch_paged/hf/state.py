@@ -165,6 +165,20 @@ class CacheState:
                 group.drop_past()
         self.call = None
 
+    def crop_rows(self, num_tokens: np.ndarray) -> None:
+        """Drop the last tokens of each row, int64 `[num_seqs]`, of a cache that packed calls alone have filled."""
+        for group in self.groups.values():
+            group.crop(num_tokens)
+            if self.recording_past:
+                group.drop_past()
+        self.call = None
+
+    def empty(self, rows: np.ndarray) -> None:
+        """Give the blocks of these rows back; they stay rows of the batch, without tokens."""
+        for group in self.groups.values():
+            group.empty(rows)
+        self.call = None
+
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was: reorder, repeat and drop are all this, and move no KV byte.
 

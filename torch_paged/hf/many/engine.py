@@ -1,0 +1,441 @@
+"""Engine: the steps of generate_many, each with one packed forward pass at most."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from torch_paged.hf.call import NeedsOwnAttention
+from torch_paged.hf.many.alone import generate_alone
+from torch_paged.hf.many.batch import Batch, Passed
+from torch_paged.hf.many.drafts import Assistant, looked_up, lookup_generator
+from torch_paged.hf.many.outcome import Outcome
+from torch_paged.hf.many.prepare import prepare
+from torch_paged.hf.many.request import FinishReason, GenerationRequest, GenerationResult, NewTokens
+from torch_paged.hf.many.room import Room
+from torch_paged.hf.many.rows import Rows
+from torch_paged.hf.many.select import Ask, kind, select
+from torch_paged.hf.many.sequence import Sequence
+from torch_paged.hf.many.stats import Counts, now
+from torch_paged.hf.many.waiting import Waiting
+from torch_paged.memory import PoolExhausted
+
+Ints = np.ndarray
+Events = list["NewTokens | GenerationResult"]
+
+
+class Engine:
+    """Everything that is kept from one step to the next.
+
+    A step admits the requests that have waited longest, as far as rows, tokens and blocks allow, runs one pass over
+    decode steps and chunks of prompts (Orca's continuous batching, OSDI 2022, with Sarathi's chunked prefills, arXiv
+    2308.16369), chooses tokens, and gives back the rows that are done. Where blocks run out, the sequence that has
+    waited the shortest loses its own and is computed again later (PagedAttention, arXiv 2309.06180, section 4.5).
+
+    Args:
+        batch: of the model.
+        requests: taken one by one as there is room.
+        take: makes a Sequence of a request.
+        max_num_batched_tokens: tokens of one pass.
+        assistant: drafts for those that may have drafts.
+        assistant_model: the same, as `generate` gets it.
+        problem: why no request of this model can share passes; None = they can.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        requests: Iterator[GenerationRequest],
+        take: Callable[[GenerationRequest], Sequence],
+        max_num_batched_tokens: int,
+        assistant: Assistant | None,
+        assistant_model: PreTrainedModel | None,
+        problem: str | None,
+    ) -> None:
+        self.counts = Counts()
+        self.outcome = Outcome(batch.model.device, self.counts)
+        self._batch, self._assistant, self._assistant_model = batch, assistant, assistant_model
+        self._rows = Rows(batch.num_rows)
+        self._waiting = Waiting(requests, take)
+        self._max_tokens = max_num_batched_tokens
+        self._problem = problem
+        self._room = Room(sure=batch.deterministic)
+        self._lookups: dict[int, Any] = {}
+        self._cancelled: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    def cancel(self, request_id: Hashable) -> None:
+        """End a request at the next step; from any thread."""
+        with self._lock:
+            self._cancelled.add(request_id)
+
+    @torch.no_grad()
+    def step(self) -> tuple[Events, bool]:
+        """One step; what came of it, and whether there may be more."""
+        start = now()
+        self.outcome.events = []
+        try:
+            self._drop_cancelled_and_late()
+            self._admit()
+            if len(self._rows.used):
+                self._run()
+        finally:
+            self.counts.seconds += now() - start
+        return self.outcome.events, bool(len(self._rows.used)) or self._waiting.first() is not None
+
+    def close(self) -> None:
+        """Give all blocks back."""
+        self._batch.close()
+        if self._assistant is not None:
+            self._assistant.close()
+
+    # Admission.
+
+    def _drop_cancelled_and_late(self) -> None:
+        running = [self._rows.sequence(row) for row in self._rows.used.tolist()]
+        for sequence in [*running, *self._waiting]:
+            if (reason := self._reason_to_end(sequence)) is not None:
+                self._end(sequence, reason)
+
+    def _reason_to_end(self, sequence: Sequence) -> FinishReason | None:
+        with self._lock:
+            if sequence.request_id in self._cancelled:
+                return "cancelled"
+        if sequence.deadline is not None and now() >= sequence.deadline:
+            return "timeout"
+        return None
+
+    def _admit(self) -> None:
+        used = self._rows.used
+        left = self._max_tokens - int(self._rows.pending[used].sum())
+        while left > 0 and not self._rows.is_full:
+            sequence = self._waiting.first()
+            if sequence is None:
+                return
+            if (reason := self._reason_to_end(sequence)) is not None:
+                self._end(sequence, reason)
+                continue
+            if not self._is_prepared(sequence):
+                continue
+            assert sequence.prepared is not None
+            if self._problem is not None or sequence.prepared.alone is not None:
+                # It needs all memory, perhaps: those that run come to their end first.
+                if len(self._rows.used):
+                    return
+                self._waiting.remove(sequence)
+                self._run_alone(sequence)
+                continue
+            if not self._room.is_enough(self._batch, self._rows, sequence):
+                return
+            self._waiting.remove(sequence)
+            left -= len(sequence.tokens) - self._place(sequence)
+
+    def _place(self, sequence: Sequence) -> int:
+        """Give the sequence a row; tokens that it begins with already."""
+        row = self._rows.place(sequence)
+        if sequence.prefixes is None:
+            return 0
+        cached = self._batch.adopt(row, sequence.tokens, sequence.prefixes)
+        self._rows.computed[row] = cached
+        self.counts.tokens_saved += cached
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = cached
+        return cached
+
+    def _is_prepared(self, sequence: Sequence) -> bool:
+        """Prepare a sequence that is to be admitted for the first time; False if it failed, and is done."""
+        if sequence.prepared is not None:
+            return True
+        try:
+            if sequence.error is not None:
+                raise sequence.error
+            sequence.prepared = prepare(self._batch.model, sequence.request, sequence.tokens, self._assistant_model)
+            sequence.kind = kind(sequence)
+            sequence.prefixes = self._batch.handle.row_prefixes(sequence.request.salt)
+            sequence.generator = torch.Generator(self._batch.model.device).manual_seed(sequence.seed)
+            if (lookup := lookup_generator(self._batch.model, sequence)) is not None:
+                self._lookups[sequence.number] = lookup
+            self.outcome.begin(sequence)
+        except Exception as error:
+            self._end(sequence, "error", error)
+            return False
+        return True
+
+    def _run_alone(self, sequence: Sequence) -> None:
+        reasons: list[FinishReason | None] = [None]
+
+        def stop() -> bool:
+            reasons[0] = self._reason_to_end(sequence)
+            return reasons[0] is not None
+
+        # It may have begun beside others, before its model was found not to share passes.
+        known = sequence.num_told
+
+        def tell(tokens: list[int]) -> None:
+            nonlocal known
+            known, new = max(0, known - len(tokens)), tokens[known:]
+            if new:
+                self.outcome.first_token(sequence, now())
+                self.outcome.tell(sequence, new)
+
+        self.counts.alone += 1
+        try:
+            returned = generate_alone(self._batch.model, sequence, self._assistant_model, stop, tell)
+        except Exception as error:
+            self._end(sequence, "error", error)
+        else:
+            self.outcome.returned(sequence, returned, reasons[0])
+
+    # A pass.
+
+    def _run(self) -> None:
+        drafts = self._drafts()
+        while len(self._rows.used):
+            num_tokens = self._plan(drafts)
+            passed = self._pass(num_tokens, drafts)
+            if passed is not None:
+                self._use(passed, num_tokens, drafts)
+                return
+            drafts = {row: draft for row, draft in drafts.items() if self._rows.sequences[row] is not None}
+
+    def _plan(self, drafts: dict[int, Ints]) -> Ints:
+        """Tokens of each row in the next pass, int64 `[rows]`: decode steps, drafts, then prompts, oldest first."""
+        rows, pending = self._rows.used, self._rows.pending
+        num_tokens = np.zeros(self._batch.num_rows, dtype=np.int64)
+        decoding, filling = rows[pending[rows] == 1], rows[pending[rows] > 1]
+        num_tokens[decoding] = 1
+        if drafts:
+            lengths = np.array([len(drafts.get(row, ())) for row in decoding.tolist()], dtype=np.int64)
+            num_tokens[decoding] += _share_out(self._max_tokens - len(decoding), lengths)
+        left = self._max_tokens - int(num_tokens.sum())
+        if self._batch.deterministic:
+            # Attention sums in another order for another number of queries: chunks begin and end at the same places
+            # whatever else runs.
+            size = max(1, self._max_tokens - self._batch.num_rows)
+            chunks = np.minimum(pending[filling], size - self._rows.computed[filling] % size)
+            num_tokens[filling] = np.where(chunks.cumsum() <= left, chunks, 0)
+        else:
+            num_tokens[filling] = _share_out(left, pending[filling])
+            for row in filling.tolist():
+                if row in drafts and num_tokens[row] == pending[row]:
+                    num_tokens[row] += min(len(drafts[row]), self._max_tokens - int(num_tokens.sum()))
+        return num_tokens
+
+    def _pass(self, num_tokens: Ints, drafts: dict[int, Ints]) -> Passed | None:
+        """The pass; None where it found too few blocks or cannot be, and some sequences do not run any more."""
+        rows = self._rows
+        room = num_tokens - rows.pending
+        drafted = {row: draft[: room[row]] for row, draft in drafts.items() if room[row] > 0}
+        drafts.clear()
+        drafts.update(drafted)
+        counts = np.ones(self._batch.num_rows, dtype=np.int64)
+        for row, draft in drafts.items():
+            counts[row] += len(draft)
+        input_ids = torch.from_numpy(rows.inputs(num_tokens, drafts)).to(self._batch.model.device)
+        try:
+            passed = self._batch.run(num_tokens, input_ids, counts)
+        except PoolExhausted as error:
+            self._make_room(error)
+            return None
+        except NeedsOwnAttention as needs:
+            self._problem = str(needs)
+            for row in rows.used.tolist():
+                self._put_back(row)
+            return None
+        self.counts.forwards += 1
+        self.counts.tokens_drafted += sum(map(len, drafts.values()))
+        prefill = rows.pending > 1
+        self.counts.mixed_forwards += bool(num_tokens[prefill].any() and num_tokens[~prefill].any())
+        return passed
+
+    def _make_room(self, error: PoolExhausted) -> None:
+        used = self._rows.used
+        youngest = int(used[-1])
+        if len(used) == 1:
+            self._end(self._rows.sequence(youngest), "error", error.with_traceback(None))
+            return
+        self.counts.preemptions += 1
+        self._room.preempted()
+        self._rows.sequence(youngest).num_preemptions += 1
+        self._put_back(youngest)
+
+    def _put_back(self, row: int) -> None:
+        self._empty(row)
+        self._waiting.put_back(self._rows.take(row))
+
+    def _empty(self, row: int) -> None:
+        self._remember(row)
+        self._batch.empty(np.array([row]))
+        if self._assistant is not None:
+            self._assistant.empty(np.array([row]))
+
+    def _remember(self, row: int) -> None:
+        sequence = self._rows.sequence(row)
+        if sequence.prefixes is not None:
+            self._batch.remember(row, self._rows.of_row(row), sequence.prefixes)
+
+    def _drafts(self) -> dict[int, Ints]:
+        """Drafts by row, of the rows that decode, and from their own tokens of those whose prompts end perhaps."""
+        rows = self._rows
+        if self._batch.deterministic:
+            return {}
+        used = rows.used
+        drafts = {}
+        assisted = []
+        for row, pending in zip(used.tolist(), rows.pending[used].tolist(), strict=True):
+            sequence = rows.sequence(row)
+            assert sequence.prepared is not None
+            if sequence.prepared.method != "_assisted_decoding" or pending > self._max_tokens:
+                continue
+            if (generator := self._lookups.get(sequence.number)) is None:
+                if pending == 1:
+                    assisted.append(row)
+                continue
+            try:
+                draft = looked_up(generator, rows.of_row(row))
+            except Exception as error:
+                self._end(sequence, "error", error)
+                continue
+            if not sequence.prepared.config.do_sample:
+                # Stock draws for the whole draft, and so must we.
+                draft = draft[: int(rows.max_lengths[row] - rows.lengths[row]) - 1]
+            drafts[row] = draft
+        if assisted and self._assistant is not None:
+            of = np.array(assisted)
+            drafts |= self._assistant.drafts(of, rows, rows.max_lengths[of] - rows.lengths[of] - 1)
+        return {row: draft for row, draft in drafts.items() if len(draft)}
+
+    # Its results.
+
+    def _use(self, passed: Passed, num_tokens: Ints, drafts: dict[int, Ints]) -> None:
+        rows = self._rows
+        failed = [(rows.sequence(row), error) for row, error in passed.errors.items()]
+        ran = passed.rows
+        computed = num_tokens[ran]
+        prefill = (rows.pending[ran] > 1) | (rows.computed[ran] == 0)
+        self.counts.tokens_prefilled += int(np.minimum(computed, rows.pending[ran])[prefill].sum())
+        complete = computed >= rows.pending[ran]
+        rows.computed[ran] += computed
+        asks, places = [], []
+        first = 0
+        for row in ran[prefill & complete].tolist():
+            self._remember(row)
+        for row, is_complete in zip(ran.tolist(), complete.tolist(), strict=True):
+            draft = drafts.get(row, ())
+            if is_complete:
+                tokens = rows.tokens[row, : rows.lengths[row] + len(draft)]
+                asks.append(Ask(rows.sequence(row), tokens, first, 1 + len(draft)))
+                places.append(row)
+            first += 1 + len(draft)
+        if asks:
+            self._choose(asks, np.array(places), passed.logits, drafts)
+        for sequence, error in failed:
+            self._end(sequence, "error", error)
+
+    def _choose(self, asks: list[Ask], places: Ints, logits: Tensor, drafts: dict[int, Ints]) -> None:
+        rows = self._rows
+        chosen, errors = select(asks, [ask.sequence.kind for ask in asks], logits)
+        for number, error in errors.items():
+            self._end(asks[number].sequence, "error", error)
+        fine = np.array([number for number in range(len(asks)) if number not in errors], dtype=np.int64)
+        firsts = np.array([ask.first for ask in asks], dtype=np.int64)[fine]
+        places = places[fine]
+        single = np.array([row not in drafts for row in places.tolist()], dtype=np.bool_)
+        told: dict[int, Ints] = {}
+        rows.append(places[single], chosen[firsts[single]])
+        for row, first in zip(places[~single].tolist(), firsts[~single].tolist(), strict=True):
+            told[row] = self._accept(row, drafts[row], chosen[first : first + 1 + len(drafts[row])])
+        self._drop_drafts()
+        self._tell(places, told)
+        self._end_those_done(places)
+
+    def _accept(self, row: int, draft: Ints, chosen: Ints) -> Ints:
+        """Tokens of a draft that the model chose too, and the one it chose after them."""
+        rows = self._rows
+        matches = int(np.append(draft != chosen[:-1], True).argmax())
+        tokens = chosen[: matches + 1][: int(rows.max_lengths[row] - rows.lengths[row])]
+        tokens = tokens[: rows.first_eos(row, tokens)]
+        self.counts.drafts_accepted += len(tokens) - 1
+        sequence = rows.sequence(row)
+        for kept in (sequence.scores, sequence.logits):
+            if kept:
+                del kept[len(kept) - len(chosen) + len(tokens) :]
+        rows.extend(row, tokens)
+        return tokens
+
+    def _drop_drafts(self) -> None:
+        """Crop what was computed and not accepted."""
+        rows = self._rows
+        beyond = np.maximum(rows.computed - np.maximum(rows.lengths - 1, 0), 0)
+        if beyond.any():
+            self._batch.crop(beyond)
+            rows.computed -= beyond
+        if self._assistant is not None:
+            self._assistant.keep(rows.computed)
+
+    def _tell(self, places: Ints, told: dict[int, Ints]) -> None:
+        rows, at = self._rows, now()
+        before = rows.last[places]
+        later = ~np.isnan(before)
+        self.counts.new_tokens += len(places) - len(told) + sum(map(len, told.values()))
+        if later.any():
+            self.counts.latencies.append(at - before[later])
+        rows.last[places] = at
+        for row in places[~later].tolist():
+            self.outcome.first_token(rows.sequence(row), at)
+        if self.outcome.listens:
+            for row in places.tolist():
+                sequence = rows.sequence(row)
+                tokens = told[row] if row in told else rows.of_row(row)[-1:]
+                try:
+                    self.outcome.tell(sequence, tokens.tolist())
+                except Exception as error:
+                    self._end(sequence, "error", error)
+
+    def _end_those_done(self, places: Ints) -> None:
+        rows = self._rows
+        by_eos, by_length = rows.ends(places)
+        for row, eos, length in zip(places.tolist(), by_eos.tolist(), by_length.tolist(), strict=True):
+            sequence = rows.sequences[row]
+            if sequence is None:
+                continue
+            assert sequence.prepared is not None
+            try:
+                if sequence.prepared.criteria:
+                    ids = torch.from_numpy(rows.of_row(row).copy()).to(self._batch.model.device)[None]
+                    scores = tuple(sequence.scores) if sequence.prepared.keeps[0] else None
+                    stop = bool(sequence.prepared.criteria(ids, scores).any())
+                else:
+                    stop = False
+            except Exception as error:
+                self._end(sequence, "error", error)
+                continue
+            if eos or length or stop:
+                self._end(sequence, "eos" if eos else "length" if length else "stop")
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+        if sequence.row >= 0:
+            row = sequence.row
+            self._empty(row)
+            self._rows.take(row)
+            if reason in ("eos", "length", "stop"):
+                assert sequence.prepared is not None
+                self._room.ended(sequence, sequence.prepared.max_length)
+        else:
+            self._waiting.remove(sequence)
+        self._lookups.pop(sequence.number, None)
+        with self._lock:
+            self._cancelled.discard(sequence.request_id)
+        self.outcome.end(sequence, reason, error)
+
+
+def _share_out(tokens: int, wanted: Ints) -> Ints:
+    """What each gets of so many tokens, the first ones all they want."""
+    shares: Ints = np.clip(tokens - (wanted.cumsum() - wanted), 0, wanted)
+    return shares

@@ -1,0 +1,75 @@
+"""Room: whether one more sequence is likely to find blocks until its end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from torch_paged.hf.group import LayerGroup
+from torch_paged.hf.many.batch import Batch
+from torch_paged.hf.many.rows import Rows
+from torch_paged.hf.many.sequence import Sequence
+
+# Before anything is known: most sequences end by an EOS token before their length.
+_FIRST_SHARE = 0.7
+# How many sequences that first guess counts for.
+_WEIGHT = 4
+# A preemption shows that the guess was too low.
+_RAISE = 0.1
+
+
+class Room:
+    """Guesses how much of the tokens that a sequence may still get it will get, from those that have ended.
+
+    Admission by the expected remainder of the sequences that run, with a guess that preemptions raise, is SGLang's
+    `new_token_ratio` (arXiv 2312.07104 and its scheduler). Where the guess is wrong sequences are preempted.
+
+    Args:
+        sure: count on all the tokens that a sequence may get.
+    """
+
+    def __init__(self, sure: bool = False) -> None:
+        self._sure = sure
+        self._sum = _FIRST_SHARE * _WEIGHT
+        self._weight = float(_WEIGHT)
+
+    @property
+    def share(self) -> float:
+        """Of the tokens that a sequence may still get."""
+        return 1.0 if self._sure else min(1.0, self._sum / self._weight)
+
+    def ended(self, sequence: Sequence, max_length: int) -> None:
+        """Learn from a sequence that came to its end."""
+        most = max_length - sequence.num_prompt_tokens
+        if most > 0:
+            self._sum += (len(sequence.tokens) - sequence.num_prompt_tokens) / most
+            self._weight += 1
+
+    def preempted(self) -> None:
+        self._sum += _RAISE * self._weight
+
+    def is_enough(self, batch: Batch, rows: Rows, sequence: Sequence) -> bool:
+        """Whether `sequence` fits beside the rows that run, each with its expected tokens."""
+        assert sequence.prepared is not None
+        used = rows.used
+        if not len(used):
+            return True
+        lengths = np.append(rows.lengths[used], len(sequence.tokens))
+        most = np.append(rows.max_lengths[used], sequence.prepared.max_length)
+        expected = lengths + np.ceil(self.share * np.maximum(most - lengths, 0)).astype(np.int64)
+        return all(_num_blocks(group, expected) <= _available(group) for group in batch.cache.state.groups.values())
+
+
+def _num_blocks(group: LayerGroup, lengths: np.ndarray) -> int:
+    size, window = group.pool.block_size, group.pool.sliding_window
+    if window:
+        # The window begins and ends within blocks.
+        lengths = np.minimum(lengths, window + 2 * size)
+    return int((-(-lengths // size)).sum())
+
+
+def _available(group: LayerGroup) -> int:
+    """Blocks that are free, or would be if prefixes were forgotten and all rows were empty."""
+    with group.pool.lock:
+        group.pool.budget.settle()
+        held = int(np.count_nonzero(group.tables.tokens_in_blocks()[0] >= 0))
+        return group.pool.allocator.num_free + group.pool.num_cached + held
