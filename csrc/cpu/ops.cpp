@@ -6,11 +6,11 @@
 #include <cmath>
 #include <tuple>
 
+#include "../id_set.h"
 #include "../op_checks.h"
 #include "../op_views.h"
 #include "copy_blocks.h"
 #include "gather_cache.h"
-#include "id_set.h"
 #include "merge_attention_states.h"
 #include "reshape_and_cache.h"
 #include "rope_and_cache.h"
