@@ -160,7 +160,7 @@ def test_a_full_pool_says_what_to_change_and_the_change_helps(name: str, kwargs:
     with torch_paged.paged(model, block_size=4) as handle:
         expected = generate(model, inputs, **kwargs)
         most = handle.stats().peak_bytes
-    with torch_paged.paged(model, block_size=4, max_memory=most // 2) as handle:
+    with torch_paged.paged(model, block_size=4, max_memory=most // 2, on_pressure="error") as handle:
         with pytest.raises(torch_paged.PoolExhausted) as raised:
             generate(model, inputs, **kwargs)
         error = raised.value

@@ -26,6 +26,9 @@ class PagedConfig:
             rows but identical ones. Each level of prefixes costs a forward pass of its own.
         drop_finished_rows: rows of a batch that met their stopping criterion give their blocks back at once and are
             computed no more, where stock would go on with pad tokens for them. Their scores are zeros then.
+        on_pressure: what becomes of rows of a batch that does not fit: "swap" copies their blocks to CPU memory, which
+            `max_memory` does not count, "recompute" drops them, to be computed again when their turn comes, "error"
+            raises PoolExhausted.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
@@ -39,6 +42,7 @@ class PagedConfig:
     max_prefill_tokens: int = 2048
     min_shared_prefix: int = 64
     drop_finished_rows: bool = True
+    on_pressure: str = "swap"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -53,4 +57,6 @@ class PagedConfig:
         for name, wanted in kinds:
             if not isinstance(value := getattr(self, name), wanted):
                 raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")
+        if self.on_pressure not in ("swap", "recompute", "error"):
+            raise ValueError(f'on_pressure: {self.on_pressure!r}; must be "swap", "recompute" or "error"')
         parse_max_memory(self.max_memory)

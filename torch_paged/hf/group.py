@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_paged.hf.call import Call
 from torch_paged.hf.pools import GroupKey
-from torch_paged.memory import BlockTables, Pool
+from torch_paged.memory import BlockTables, Pool, SwappedRow
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,16 @@ class LayerGroup:
         with self.pool.lock:
             twin.tables = self.tables.fork()
         return twin
+
+    def swap_out(self, row: int) -> SwappedRow:
+        """The tokens of a row in CPU memory; the row is empty then."""
+        self.call = self.step = None
+        return SwappedRow(self.pool, self.tables, row)
+
+    def swap_in(self, swapped: SwappedRow, row: int) -> None:
+        """Make an empty row hold its tokens again; raises PoolExhausted."""
+        self.call = self.step = None
+        swapped.restore(self.tables, row)
 
     def release(self) -> None:
         with self.pool.lock:

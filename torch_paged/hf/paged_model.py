@@ -21,6 +21,7 @@ from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import call_problem, pack_problem
 from torch_paged.hf.prefill import prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
+from torch_paged.hf.pressure import sample
 from torch_paged.hf.random_state import RandomState
 from torch_paged.hf.support import Path, implementation_reason, training_reason
 from torch_paged.hf.unpadded import run_unpadded, saves_work
@@ -95,9 +96,17 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             self: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
             *args: Any, **kwargs: Any,
         ) -> Any:  # fmt: skip
-            cache = rows_may_leave(Forward(base, self), generation_config, args, kwargs)
-            with leaving(self, cache, stopping_criteria) as criteria:
-                return base._sample(self, input_ids, logits_processor, criteria, generation_config, *args, **kwargs)
+            def stock(
+                input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+            ) -> Any:
+                cache = rows_may_leave(Forward(base, self), generation_config, args, kwargs)
+                with leaving(self, cache, stopping_criteria) as criteria:
+                    return base._sample(self, input_ids, logits_processor, criteria, generation_config, *args, **kwargs)
+
+            decode = stock
+            if not args and base._sample is GenerationMixin._sample:
+                decode = functools.partial(sample, stock, handle, Forward(base, self))
+            return decode(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
         Paged._sample = _sample
 

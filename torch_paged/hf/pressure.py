@@ -1,0 +1,101 @@
+"""Decoding whose batch does not fit: stock's loop as far as blocks last, then rows in turns, or waves of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.call import NeedsOwnAttention
+from torch_paged.hf.packed import Forward
+from torch_paged.hf.packing import pack_problem
+from torch_paged.hf.progress import Progress
+from torch_paged.hf.row_by_row import end_alone, works_row_by_row
+from torch_paged.hf.support import Path, implementation_reason, training_reason
+from torch_paged.hf.turns import Turns
+from torch_paged.hf.waves import in_waves
+from torch_paged.memory import PoolExhausted
+
+if TYPE_CHECKING:
+    from torch_paged.hf.handle import PagedHandle
+
+_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+def sample(
+    stock: Callable[..., Any],
+    handle: PagedHandle,
+    forward: Forward,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **kwargs: Any,
+) -> Any:
+    """`_sample`, which goes on with fewer rows at a time when blocks run out.
+
+    Until then it is stock's loop. Afterwards rows whose processors and criteria work row by row take turns: see
+    `Turns`; greedy tokens stay those of stock, samples are drawn from the same distributions by other draws. Where one
+    is not known to, the rows that fit run to their end, then the next ones.
+
+    Args:
+        stock: `_sample` of the model's stock class, bound.
+        handle: of the patched model.
+        forward: of the patched model.
+
+    Raises:
+        PoolExhausted: not even one row fits; or `on_pressure="error"`, or what the caller asked for (scores, a
+            streamer, inputs of another kind) needs all rows at once.
+    """
+    cache = kwargs.get("past_key_values")
+    stock = functools.partial(stock, generation_config=generation_config)
+    if not isinstance(cache, PagedCache) or not _may_wait(handle, forward, cache, generation_config, kwargs):
+        return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
+    progress = Progress(stopping_criteria, input_ids)
+    try:
+        return stock(input_ids, logits_processor, progress, **kwargs)
+    except PoolExhausted as error:
+        if len(input_ids) == 1:
+            raise
+        exhausted = error.with_traceback(None)
+    kwargs = {name: value for name, value in kwargs.items() if name in _INPUTS}
+    mask = kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, progress.ids.shape[1] - mask.shape[1]), value=1)
+    kwargs.pop("position_ids", None)
+    if works_row_by_row(logits_processor, stopping_criteria) and end_alone(stopping_criteria):
+        try:
+            turns = Turns(forward.model, cache, logits_processor, stopping_criteria, generation_config)
+            return turns.run(progress.ids, kwargs["attention_mask"], ~progress.done)
+        except NeedsOwnAttention:
+            raise exhausted from None
+    return in_waves(
+        stock, cache, logits_processor, stopping_criteria, progress.ids, progress.done, generation_config, kwargs
+    )
+
+
+def _may_wait(
+    handle: PagedHandle, forward: Forward, cache: PagedCache, config: GenerationConfig, kwargs: dict[str, Any]
+) -> bool:
+    """Whether nothing was asked for that needs all rows at once, and the cache is this call's own."""
+    model = forward.model
+    if cache.config.on_pressure == "error" or not cache.made_by_generate or cache.state.num_seqs is not None:
+        return False
+    if config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size:
+        return False
+    if any(name not in _INPUTS and value is not None and value is not False for name, value in kwargs.items()):
+        return False
+    if handle.support(model).path is not Path.NATIVE or training_reason(model) or implementation_reason(model):
+        return False
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None:
+        if mask.ndim != 2 or bool((mask[:, :-1] > mask[:, 1:]).any()):
+            return False
+        if positions is not None and bool(((positions != mask.cumsum(1) - 1) & (mask != 0)).any()):
+            return False
+    return pack_problem(forward, cache) is None

@@ -1,0 +1,243 @@
+"""Turns: decoding of more rows than the pool holds, each admitted as blocks come free."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.group import LayerGroup
+from torch_paged.hf.packed import packed_call
+from torch_paged.hf.row_by_row import for_rows
+from torch_paged.hf.swapped_row import Swapped
+from torch_paged.memory import PoolExhausted
+
+
+@dataclass
+class _Rows:
+    """Running rows that are equally long: int64 `ids [rows, columns]`, as processors and criteria see them in stock."""
+
+    rows: list[int]
+    ids: Tensor
+
+    def take(self, places: list[int]) -> _Rows:
+        return _Rows([self.rows[place] for place in places], self.ids[places])
+
+    def joined(self, other: _Rows | None) -> _Rows:
+        """Both, in the order of the batch."""
+        if other is None:
+            return self
+        rows = [*self.rows, *other.rows]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        return _Rows([rows[place] for place in order], torch.cat([self.ids, other.ids])[order])
+
+
+class Turns:
+    """The rows of one `generate`, of which as many run as blocks allow.
+
+    The row that comes first in the batch has waited longest and is admitted first; its prompt is computed beside the
+    decode steps of the others. When blocks run out, the running row that comes last is swapped to CPU memory or dropped
+    (`on_pressure`), and goes on, from where it was, when its turn comes again.
+
+    Source: admission and preemption as in PagedAttention's scheduler, arXiv 2309.06180, section 4.5.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> None:
+        self._model, self._cache = model, cache
+        self._processors, self._criteria, self._config = processors, criteria, config
+        self._swaps = cache.config.on_pressure == "swap"
+        self._running: dict[int, _Rows] = {}  # by columns
+        self._waiting: list[int] = []  # a heap
+        self._ids: dict[int, Tensor] = {}  # int64 [columns], of the rows that wait or have ended
+        self._swapped: dict[int, Swapped] = {}
+
+    def run(self, ids: Tensor, attention_mask: Tensor, unfinished: Tensor) -> Tensor:
+        """Decode to the end.
+
+        Args:
+            ids: int64 `[rows, columns]`, all tokens so far, of which the cache holds all but the last of each row, or
+                none.
+            attention_mask: int64 `[rows, columns]`, 0 for the padding on the left.
+            unfinished: bool `[rows]`, rows that go on.
+
+        Returns: int64 `[rows, columns]`, padded on the right behind a row's end.
+
+        Raises:
+            PoolExhausted: one row alone does not fit.
+        """
+        self._pads = (1 - attention_mask).sum(1).cpu().numpy()
+        going = torch.nonzero(unfinished).flatten().tolist()
+        if self._cache.state.num_seqs is None:
+            self._ids = dict(enumerate(ids))
+            self._waiting = going
+        else:
+            ended = sorted(set(range(len(ids))) - set(going))
+            self._empty(ended)
+            self._ids = {row: ids[row] for row in ended}
+            self._running = {ids.shape[1]: _Rows(going, ids[going])}
+        heapq.heapify(self._waiting)
+        try:
+            while self._running or self._waiting:
+                self._admit()
+                self._step()
+        finally:
+            # A traceback keeps this object alive, and with it what swapped rows hold.
+            self._swapped.clear()
+        return torch.nn.utils.rnn.pad_sequence(
+            [self._ids[row] for row in range(len(ids))], batch_first=True, padding_value=self._pad_token()
+        )
+
+    def _step(self) -> None:
+        """One forward pass over the running rows; fewer of them if blocks run out."""
+        while True:
+            pieces, left = {}, self._cache.config.max_prefill_tokens
+            for row, ids in sorted((row, each.ids[i]) for each in self._running.values() for i, row in _places(each)):
+                new = ids[self._pads[row] + self._fed(row) :]
+                if len(new) > 1:
+                    new = new[:left]
+                    left -= len(new)
+                if len(new):
+                    pieces[row] = new
+            num_tokens = np.zeros(len(self._pads), dtype=np.int64)
+            for row, new in pieces.items():
+                num_tokens[row] = len(new)
+            try:
+                outputs = packed_call(self._model, self._cache, num_tokens, torch.cat(list(pieces.values())))
+            except PoolExhausted:
+                active = [row for each in self._running.values() for row in each.rows]
+                if len(active) == 1:
+                    raise
+                self._preempt(max(active))
+            else:
+                self._select(list(pieces), outputs.logits[0])
+                return
+
+    def _select(self, computed: list[int], logits: Tensor) -> None:
+        """Choose the next token of the rows whose tokens are all computed; `logits [rows computed, vocabulary]`."""
+        at = {row: place for place, row in enumerate(computed)}
+        running: dict[int, _Rows] = {}
+        for columns, each in sorted(self._running.items()):
+            whole = [i for i, row in _places(each) if self._fed(row) == columns - self._pads[row]]
+            if len(whole) < len(each.rows):
+                rest = each.take([i for i, _ in _places(each) if i not in set(whole)])
+                running[columns] = rest.joined(running.get(columns))
+            if not whole:
+                continue
+            each = each.take(whole)
+            scores = logits[[at[row] for row in each.rows]].to(copy=True, dtype=torch.float32, device=each.ids.device)
+            scores = for_rows(self._processors, each.rows)(each.ids, scores)
+            if self._config.do_sample:
+                tokens = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
+            else:
+                tokens = torch.argmax(scores, dim=-1, keepdim=True)
+            each.ids = torch.cat([each.ids, tokens], dim=-1)
+            done = self._criteria(each.ids, None).tolist()
+            self._ids |= {row: each.ids[i] for i, row in _places(each) if done[i]}
+            self._leave(each, [i for i, _ in _places(each) if done[i]])
+            if not all(done):
+                going = each.take([i for i, _ in _places(each) if not done[i]])
+                running[columns + 1] = going.joined(running.get(columns + 1))
+        self._running = running
+
+    def _leave(self, rows: _Rows, places: list[int]) -> None:
+        """These rows have ended: what they hold is remembered where it shall be, and free."""
+        prefixes = self._cache.state.prefixes
+        if prefixes is not None:
+            tokens: list[np.ndarray | None] = [None] * len(self._pads)
+            for place in places:
+                row = rows.rows[place]
+                tokens[row] = rows.ids[place, self._pads[row] :].cpu().numpy()
+            prefixes.remember(self._model, self._cache.state, tokens)
+        self._empty([rows.rows[place] for place in places])
+
+    def _admit(self) -> None:
+        """Let waiting rows run as far as blocks are free, and one more for each that runs already."""
+        while self._waiting:
+            row = self._waiting[0]
+            active = sum(len(each.rows) for each in self._running.values())
+            if active and not self._fits(row, active):
+                return
+            heapq.heappop(self._waiting)
+            if (swapped := self._swapped.pop(row, None)) is not None:
+                try:
+                    swapped.restore(row)
+                except PoolExhausted:
+                    self._swapped[row] = swapped
+                    heapq.heappush(self._waiting, row)
+                    if not active:
+                        raise
+                    return
+            ids = self._ids.pop(row)[None]
+            self._running[ids.shape[1]] = _Rows([row], ids).joined(self._running.get(ids.shape[1]))
+            if not self._groups():
+                return  # how large blocks are shows in the first forward pass
+
+    def _fits(self, row: int, active: int) -> bool:
+        """Whether there are blocks for the row and its next token, and one for each of `active` rows."""
+        needed: dict[int, int] = {}
+        available: dict[int, int] = {}
+        swapped = self._swapped.get(row)
+        pending = [
+            columns - int(self._pads[other]) - self._fed(other)
+            for columns, each in self._running.items()
+            for other in each.rows
+        ]
+        for group in self._groups():
+            size, budget = group.pool.block_size, group.pool.budget
+            tokens = len(self._ids[row]) - int(self._pads[row])
+            blocks = -(-(tokens + 1) // size) if swapped is None else swapped.num_blocks(group) + 1
+            blocks += active + sum(-(-tokens // size) for tokens in pending if tokens > 1)
+            needed[id(budget)] = needed.get(id(budget), 0) + blocks * group.pool.block_bytes
+            available[id(budget)] = budget.free_bytes + sum(
+                other.pool.num_cached * other.pool.block_bytes
+                for other in self._groups()
+                if other.pool.budget is budget
+            )
+        return all(needed[budget] <= available[budget] for budget in needed)
+
+    def _preempt(self, row: int) -> None:
+        for columns, each in list(self._running.items()):
+            if row in each.rows:
+                self._ids[row] = each.ids[each.rows.index(row)]
+                rest = [i for i, other in _places(each) if other != row]
+                self._running[columns] = each.take(rest)
+                if not rest:
+                    del self._running[columns]
+        if self._swaps and self._fed(row):
+            self._swapped[row] = Swapped(self._groups(), row)
+        self._empty([row])
+        heapq.heappush(self._waiting, row)
+
+    def _fed(self, row: int) -> int:
+        """Tokens of the row that the cache holds."""
+        lengths = self._cache.state.seq_lens
+        return int(lengths[row]) if len(lengths) else 0
+
+    def _empty(self, rows: list[int]) -> None:
+        for group in self._groups():
+            group.empty(np.array(rows, dtype=np.int64))
+
+    def _groups(self) -> list[LayerGroup]:
+        return list(self._cache.state.groups.values())
+
+    def _pad_token(self) -> int:
+        pad: Any = self._config._pad_token_tensor
+        return 0 if pad is None else int(pad)
+
+
+def _places(each: _Rows) -> list[tuple[int, int]]:
+    """(place, row) of each row."""
+    return list(enumerate(each.rows))

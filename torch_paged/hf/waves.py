@@ -1,0 +1,66 @@
+"""Waves: a batch that does not fit runs as sub-batches, each to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.progress import Progress
+from torch_paged.hf.row_by_row import for_rows
+from torch_paged.memory import PoolExhausted
+
+
+def in_waves(
+    run: Callable[..., Tensor],
+    cache: PagedCache,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    ids: Tensor,
+    done: Tensor,
+    config: GenerationConfig,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Decode the rows that go on in sub-batches, half as large whenever one runs out of blocks.
+
+    A sub-batch begins by computing what its rows have so far, and keeps what it has reached when it is divided.
+
+    Args:
+        run: `_sample` of the model's stock class.
+        ids: int64 `[rows, columns]`, all tokens so far.
+        done: bool `[rows]`, rows that have ended.
+        kwargs: of `run`, with the `attention_mask` of these columns.
+
+    Raises:
+        PoolExhausted: one row alone does not fit.
+    """
+    mask = kwargs["attention_mask"]
+    ended = {row: ids[row] for row in torch.nonzero(done).flatten().tolist()}
+    going = torch.nonzero(~done).flatten().tolist()
+    half = -(-len(going) // 2)
+    waves = [(part, ids[part], mask[part]) for part in (going[:half], going[half:]) if part]
+    while waves:
+        rows, part, seen = waves.pop(0)
+        cache.reset()
+        progress = Progress(criteria, part)
+        try:
+            result = run(part, for_rows(processors, rows), progress, **kwargs | {"attention_mask": seen})
+        except PoolExhausted:
+            if len(rows) == 1:
+                raise
+            seen = torch.nn.functional.pad(seen, (0, progress.ids.shape[1] - seen.shape[1]), value=1)
+            ended |= {row: progress.ids[i] for i, row in enumerate(rows) if progress.done[i]}
+            left = [i for i in range(len(rows)) if not progress.done[i]]
+            half = -(-len(left) // 2)
+            parts = [places for places in (left[:half], left[half:]) if places]
+            waves[:0] = [([rows[i] for i in places], progress.ids[places], seen[places]) for places in parts]
+        else:
+            ended |= dict(zip(rows, result, strict=True))
+    pad: Any = config._pad_token_tensor
+    return torch.nn.utils.rnn.pad_sequence(
+        [ended[row] for row in range(len(ids))], batch_first=True, padding_value=0 if pad is None else int(pad)
+    )
