@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 import torch_paged
 
 from .counting import count_calls
 from .models import VOCAB, tiny, tiny_tokenizer, twin
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'torch_paged[dev]'")
 
 GENERATE = """
 task: answers
@@ -42,11 +41,14 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 
 
 def evaluate(model: PreTrainedModel, folder: Path) -> Any:
+    from lm_eval import tasks as task_files
+    from lm_eval.models import huggingface
+
     tokenizer = tiny_tokenizer()
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=128)
+    language_model = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=128)
     # Only where the task's own folder is named does it look nowhere else.
-    tasks = TaskManager(include_path=str(folder), include_defaults=False)
-    found = simple_evaluate(
+    tasks = task_files.TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(
         language_model, tasks=["answers", "choices"], task_manager=tasks, log_samples=True, bootstrap_iters=0
     )
     samples = {name: [sample["resps"] for sample in each] for name, each in found["samples"].items()}

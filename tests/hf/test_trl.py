@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 import torch_paged
 
 from .counting import count_calls
 from .models import batch, generate, tiny, tiny_tokenizer, twin
+
+trl = pytest.importorskip("trl", reason="needs trl: pip install 'torch_paged[dev]'")
+datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'torch_paged[dev]'")
 
 LETTERS = "ABCDEFGHIJKLMNOP"
 PROMPTS = [LETTERS[:9], LETTERS[5:8]]
@@ -56,13 +57,13 @@ def run(model: PreTrainedModel, folder: Path, handle: torch_paged.PagedHandle | 
             watch.bytes_before_backward.append(handle.stats().bytes_held)
         return [float(sum(token % 5 for token in ids)) for ids in completion_ids]
 
-    config = GRPOConfig(
+    config = trl.GRPOConfig(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=SAMPLES, num_generations=SAMPLES,
         max_completion_length=NEW, learning_rate=1e-2, beta=0.0, seed=5, report_to=[], save_strategy="no",
         logging_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
     )  # fmt: skip
-    prompts = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
-    trainer = GRPOTrainer(
+    prompts = datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    trainer = trl.GRPOTrainer(
         model=model, reward_funcs=reward, args=config, train_dataset=prompts, processing_class=tiny_tokenizer(),
         callbacks=[watch],
     )  # fmt: skip
