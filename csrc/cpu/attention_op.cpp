@@ -5,25 +5,13 @@
 #include <vector>
 
 #include "../attention_arguments.h"
+#include "../value_checks.h"
 #include "attention_float64.h"
 #include "attention_plan.h"
 #include "dispatch.h"
 
 namespace paged {
 namespace {
-
-void check_positions(const AttentionCall& call, int64_t num_blocks, int64_t max_blocks, int64_t max_query_len) {
-  check_cu_seqlens(call.cu_seqlens_q, call.num_seqs, call.num_tokens, max_query_len);
-  check_seq_lens(call.seq_lens, call.num_seqs, max_blocks, call.block_size);
-  for (int64_t s = 0; s < call.num_seqs; ++s) {
-    const int64_t count = call.cu_seqlens_q[s + 1] - call.cu_seqlens_q[s];
-    const int64_t seq_len = call.seq_lens[s];
-    const KeyRange keys = visible_keys(call, seq_len - count, count, seq_len);
-    if (keys.begin < keys.end)
-      check_block_ids(call.block_table + s * call.table_stride, s, keys.begin / call.block_size,
-                      (keys.end - 1) / call.block_size + 1, num_blocks);
-  }
-}
 
 // Memory of the calling thread that only grows.
 float* workspace(int64_t floats) {

@@ -3,12 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <tuple>
 
 #include "../id_set.h"
 #include "../op_checks.h"
 #include "../op_views.h"
+#include "../value_checks.h"
 #include "copy_blocks.h"
 #include "gather_cache.h"
 #include "merge_attention_states.h"
@@ -17,33 +17,6 @@
 
 namespace paged {
 namespace {
-
-void check_divisors(const char* name, const std::optional<Tensor>& scale) {
-  if (!scale) return;
-  const float* values = scale->const_data_ptr<float>();
-  for (int64_t i = 0; i < scale->numel(); ++i)
-    if (!std::isfinite(values[i]) || values[i] == 0)
-      reject(name, text("value ", values[i], " at [", i, "]"),
-             "finite and not 0, as keys and values are divided by it");
-}
-
-void check_slots(const int64_t* slots, int64_t num_tokens, int64_t num_slots) {
-  bool ascending = true;
-  int64_t last = -1;
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    if (slots[t] < -1 || slots[t] >= num_slots)
-      reject("slot_mapping", text("value ", slots[t], " at [", t, "]"),
-             text("in [-1, ", num_slots, ") (num_blocks * block_size)"));
-    if (slots[t] < 0) continue;
-    ascending = ascending && slots[t] > last;
-    last = slots[t];
-  }
-  if (ascending) return;
-  IdSet seen(num_tokens);
-  for (int64_t t = 0; t < num_tokens; ++t)
-    if (slots[t] >= 0 && !seen.insert(slots[t]))
-      reject("slot_mapping", text("value ", slots[t], " at [", t, "] and before"), "no slot twice");
-}
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, Tensor& key_cache, Tensor& value_cache,
                        const Tensor& slot_mapping, const std::optional<Tensor>& key_scale,
@@ -92,39 +65,9 @@ std::tuple<Tensor, Tensor> gather_cache(const Tensor& key_cache, const Tensor& v
   check_gather_cache(key_cache, value_cache, block_table, seq_lens, max_seq_len, key_scale, value_scale);
   const int64_t block_size = key_cache.size(1);
   const SequenceTable table = sequence_table(block_table, seq_lens);
-  check_seq_lens(table.seq_lens, table.num_seqs, block_table.size(1), block_size);
-  for (int64_t s = 0; s < table.num_seqs; ++s) {
-    if (table.seq_lens[s] > max_seq_len)
-      reject("max_seq_len", text(max_seq_len), text("at least ", table.seq_lens[s], ", the length of sequence ", s));
-    check_block_ids(table.block_table + s * table.row_stride, s, 0,
-                    (int64_t(table.seq_lens[s]) + block_size - 1) / block_size, key_cache.size(0));
-  }
+  check_sequences(table, block_table.size(1), block_size, key_cache.size(0), max_seq_len);
   return {gather(key_cache, key_scale, table, max_seq_len, "key_cache"),
           gather(value_cache, value_scale, table, max_seq_len, "value_cache")};
-}
-
-// Every source is a block of `src` and every destination one of `dst`.
-void check_block_ranges(const int64_t* pairs, int64_t num_pairs, int64_t src_blocks, int64_t dst_blocks) {
-  for (int64_t i = 0; i < num_pairs; ++i)
-    for (int side = 0; side < 2; ++side) {
-      const int64_t id = pairs[2 * i + side], num_blocks = side ? dst_blocks : src_blocks;
-      if (id < 0 || id >= num_blocks)
-        reject("block_mapping", text("value ", id, " at [", i, ", ", side, "]"),
-               text("in [0, ", num_blocks, ") (num_blocks)"));
-    }
-}
-
-// Call after check_block_ranges: the set takes no negative id.
-void check_destinations(const int64_t* pairs, int64_t num_pairs, bool sources_are_destinations) {
-  IdSet destinations(num_pairs);
-  for (int64_t i = 0; i < num_pairs; ++i)
-    if (!destinations.insert(pairs[2 * i + 1]))
-      reject("block_mapping", text("destination ", pairs[2 * i + 1], " at [", i, ", 1] and before"),
-             "no destination twice");
-  for (int64_t i = 0; sources_are_destinations && i < num_pairs; ++i)
-    if (destinations.contains(pairs[2 * i]))
-      reject("block_mapping", text("source ", pairs[2 * i], " at [", i, ", 0] is a destination too"),
-             "no block on both sides");
 }
 
 void copy_blocks(std::vector<Tensor> key_caches, std::vector<Tensor> value_caches, const Tensor& block_mapping) {

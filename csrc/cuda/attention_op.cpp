@@ -9,6 +9,7 @@
 #include "../op_views.h"
 #include "attention.h"
 #include "torch_face.h"
+#include "value_checks.h"
 
 namespace paged::cuda {
 namespace {
@@ -40,10 +41,27 @@ AttentionRequest request_of(const AttentionArguments& arguments) {
   return request;
 }
 
+void check_values(const AttentionArguments& arguments, AttentionCall call) {
+  const int64_t num_blocks = arguments.key_cache.size(0), max_blocks = arguments.block_table.size(1);
+  const bool bad = found_bad_value(arguments.seq_lens, [&](int32_t* verdict, cudaStream_t stream) {
+    return launch_check_attention({call, num_blocks, max_blocks, arguments.max_query_len}, verdict, stream);
+  });
+  if (!bad) return;
+  // The CPU's checks find the words.
+  const Tensor table = to_host(arguments.block_table), lengths = to_host(arguments.seq_lens);
+  const Tensor starts = to_host(arguments.cu_seqlens_q);
+  call.block_table = table.const_data_ptr<int32_t>();
+  call.table_stride = table.stride(0);
+  call.seq_lens = lengths.const_data_ptr<int32_t>();
+  call.cu_seqlens_q = starts.const_data_ptr<int32_t>();
+  check_positions(call, num_blocks, max_blocks, arguments.max_query_len);
+}
+
 Tensor run(const AttentionArguments& arguments, Tensor* lse) {
   AttentionRequest request = request_of(arguments);
   AttentionCall& call = request.call;
   const torch::stable::accelerator::DeviceGuard guard(arguments.query.get_device_index());
+  if (checks_values() && call.num_seqs > 0) check_values(arguments, call);
   Tensor out = torch::stable::new_empty(arguments.query, {call.num_tokens, call.num_heads, call.v_head_dim});
   call.out = out.mutable_data_ptr();
   if (lse) {

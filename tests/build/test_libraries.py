@@ -27,6 +27,7 @@ ON_CUDA = (
     "rope_and_cache",
     "gather_cache",
     "copy_blocks",
+    "swap_blocks",
 )
 
 

@@ -49,7 +49,7 @@ def build(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in samples()])
-def test_matches_reference_and_touches_nothing_else(sample, dtype):
+def test_matches_reference_and_touches_nothing_else(backend, sample, dtype):
     torch.manual_seed(0)
     arguments = build(**sample, dtype=dtype)
     expected = [to_device(cache, "cpu") for cache in arguments["dst"]]

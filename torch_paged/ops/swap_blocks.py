@@ -16,7 +16,7 @@ def swap_blocks(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> 
     """Copy block `block_mapping[i, 0]` of each `src` to block `block_mapping[i, 1]` of its `dst`.
 
     Args:
-        src: caches `[num_blocks, block_size, num_kv_heads, head_dim]` on the CPU, any dtype and strides.
+        src: caches `[num_blocks, block_size, num_kv_heads, head_dim]` on the CPU or a GPU, any dtype and strides.
         dst: as many caches, each with the dtype and the block shape of its `src`, num_blocks and strides its own;
             written in place. A pair is one and the same tensor or shares no memory.
         block_mapping: int64 `[n, 2]` on the CPU, rows of (source, destination); no destination twice, and where a
@@ -25,6 +25,9 @@ def swap_blocks(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> 
     Raises:
         ValueError: dtype, shape or device of an argument is wrong, or a block id is outside its cache, or a
             destination is there twice.
+
+    On a GPU the copies run on a stream of their own, in the order of the current stream's work; where a side is on the
+    CPU they are done when this returns. Small blocks go fastest where that side is in pinned memory.
 
     Source: swapping in PagedAttention, arXiv 2309.06180, section 4.5.
     """
