@@ -54,6 +54,7 @@ class GlobalMemory:
         """Add a buffer in the place of those whose memory it takes; two views of one memory are one buffer."""
         for known in [b for b in self.buffers if b.address < address + size and address < b.address + b.size]:
             if (known.address, known.size) == (address, size) and initialised:
+                known.initialised = None
                 known.writable |= writable
                 return known
             self.buffers.remove(known)

@@ -29,7 +29,8 @@ void after_dispatch(const char* op, StableIValue* stack) {
   const std::string name = op;
   const bool is_empty = begins_with(name, "aten::empty") || begins_with(name, "aten::new_empty");
   const bool is_filled = begins_with(name, "aten::zeros") || begins_with(name, "aten::new_zeros") ||
-                         begins_with(name, "aten::full") || begins_with(name, "aten::new_full");
+                         begins_with(name, "aten::full") || begins_with(name, "aten::new_full") ||
+                         begins_with(name, "aten::copy_");
   if (is_empty || is_filled) allocated(reinterpret_cast<AtenTensorHandle>(stack[0]), is_filled);
 }
 
