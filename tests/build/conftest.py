@@ -19,6 +19,8 @@ def checkout(tmp_path):
     (tmp_path / "csrc/cpu/ops.cpp").write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
     (tmp_path / "csrc/cpu/isa/kernel.cpp").write_text("namespace PAGED_ISA { int kernel() { return 0; } }\n")
     (tmp_path / "csrc/cuda/ops.cu").write_text("__global__ void kernel() {}\n")
+    (tmp_path / "csrc/cuda/tile_shape.h").write_text("constexpr int kTileDims[] = {64};\n")
+    (tmp_path / "csrc/cuda/attention_instance.cu").write_text("template <int> __global__ void attend() {}\n")
     shutil.copy(ROOT / "torch_paged/_version.py", tmp_path / "torch_paged")
     (tmp_path / "torch_paged/__init__.py").touch()
     return tmp_path
