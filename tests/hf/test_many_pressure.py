@@ -16,22 +16,10 @@ from torch_paged import GenerationRequest, GenerationResult, NewTokens, PoolExha
 from .counting import count_tokens
 from .many import BLOCK, BLOCK_BYTES, OPTIONS, assert_answer, prompts, results, run, stock_answer
 from .models import tiny, twin
+from .raising import Raises
 from .test_threads import in_threads
 
 NO_EOS: dict[str, Any] = OPTIONS | {"eos_token_id": None}
-
-
-class Raises:
-    """A logits processor that raises at its n-th call."""
-
-    def __init__(self, at: int = 1) -> None:
-        self.at = at
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        self.at -= 1
-        if self.at == 0:
-            raise ZeroDivisionError("planted")
-        return scores
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])

@@ -19,7 +19,7 @@ from torch_paged import GenerationRequest, GenerationResult, NewTokens, PoolExha
 
 from .many import BLOCK, BLOCK_BYTES, OPTIONS, assert_answer, stock_answer
 from .models import EOS, tiny, twin
-from .test_many_pressure import Raises
+from .raising import Raises
 
 LONGEST = 90
 SETTINGS: list[dict[str, Any]] = [

@@ -15,6 +15,7 @@ from torch_paged import PagedHandle
 
 from .counting import count_tokens
 from .models import assert_same_tokens, batch, generate, tiny, twin
+from .raising import Raises
 from .test_threads import in_threads
 
 BLOCK = 4
@@ -177,19 +178,6 @@ def test_threads_share_prefixes() -> None:
     stats = handle.stats()
     assert stats.prefix_hits >= 8
     assert stats.blocks_used == stats.blocks_cached
-
-
-class Raises:
-    """A logits processor that raises at its n-th call."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        self.at -= 1
-        if self.at == 0:
-            raise ZeroDivisionError("planted")
-        return scores
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])

@@ -20,6 +20,7 @@ from torch_paged.memory import Pool
 
 from .counting import count_tokens
 from .models import EOS, VOCAB, assert_same_tokens, batch, generate, tiny, twin
+from .raising import Raises
 from .test_threads import in_threads
 
 BLOCK = 4
@@ -204,17 +205,6 @@ def test_samples_keep_their_distribution() -> None:
     expected = float(likely.softmax(0)[0])
     assert set(drawn[:, 0].tolist()) <= set(tokens.tolist())
     assert abs(share - expected) < 4 * (expected * (1 - expected) / rows) ** 0.5 + 1e-6
-
-
-class Raises:
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        self.at -= 1
-        if self.at == 0:
-            raise ZeroDivisionError("planted")
-        return scores
 
 
 @pytest.mark.parametrize("at", [1, 4, 15, 30])

@@ -14,7 +14,7 @@ SMALL_PAGES = 2 << 20
 def prefer_huge_pages(storage: Tensor, begin: int, end: int) -> None:
     """Let bytes of `storage` past the first 2 MiB lie in pages of 2 MiB, where they are not committed yet.
 
-    Decoding over random blocks of 16 then reads 3 to 39 % more a second (the shapes of `bench ops`, 2 cores of a 4th
+    Decoding over random blocks of 16 then reads 4 to 39 % more a second (the shapes of `bench ops`, 2 cores of a 4th
     generation Xeon). Does nothing on other devices than the CPU, and where the system has no such pages.
 
     Args:
