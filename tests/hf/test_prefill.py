@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -123,10 +124,15 @@ def test_embeddings_are_told_apart_too() -> None:
     inputs = {"inputs_embeds": embedded, "attention_mask": torch.ones(3, 12, dtype=torch.long)}
     expected = generate(model, inputs, max_new_tokens=4, eos_token_id=None)
     computed: list[int] = []
-    hook = model.model.layers[0].register_forward_hook(lambda module, args, out: computed.append(args[0].shape[1]))
-    with torch_paged.paged(model):
+    layer = model.model.layers[0]
+    forward = layer.forward
+
+    def counted(states: Tensor, **kwargs: Any) -> Any:
+        computed.append(states.shape[1])
+        return forward(states, **kwargs)
+
+    with torch_paged.paged(model), mock.patch.object(layer, "forward", counted):
         actual = generate(model, inputs, max_new_tokens=4, eos_token_id=None)
-    hook.remove()
     assert torch.equal(actual, expected)
     assert computed[:1] == [24]
 
@@ -140,10 +146,14 @@ def test_a_pass_that_fails_takes_back_those_before_it(name: str) -> None:
     turn["position_ids"] = (mask.cumsum(1) - 1)[:, 20:]
     first = first | {"position_ids": (first["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
-    def fail(module: Any, args: Any) -> None:
+    embedding = model.get_input_embeddings()
+    embed = embedding.forward
+
+    def fail(ids: Tensor) -> Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise KeyError("third pass")
+        return embed(ids)
 
     knobs: dict[str, Any] = dict(block_size=4, max_prefill_tokens=10)
     with torch.no_grad(), torch_paged.paged(model, **knobs):
@@ -151,10 +161,8 @@ def test_a_pass_that_fails_takes_back_those_before_it(name: str) -> None:
         model(**first, past_key_values=cache)
         used, lengths = cache.stats().blocks_used, cache.state.seq_lens.tolist()
         calls: list[int] = []
-        hook = model.get_input_embeddings().register_forward_pre_hook(fail)
-        with pytest.raises(KeyError, match="third pass"):
+        with pytest.raises(KeyError, match="third pass"), mock.patch.object(embedding, "forward", fail):
             model(**turn, past_key_values=cache)
-        hook.remove()
         assert (cache.state.seq_lens.tolist(), cache.get_seq_length()) == (lengths, 20)
         # What no later token sees through the window may be gone.
         assert cache.stats().blocks_used == used if name == "llama" else cache.stats().blocks_used <= used

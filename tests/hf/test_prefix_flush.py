@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from torch_paged.hf.weights import Weights
@@ -55,12 +56,12 @@ def _data(model: PreTrainedModel) -> None:
         gc.collect()
 
 
-def _hook(model: PreTrainedModel) -> None:
-    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
+def _hook(model: PreTrainedModel) -> RemovableHandle:
+    return model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
 
 
-def _pre_hook(model: PreTrainedModel) -> None:
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+def _pre_hook(model: PreTrainedModel) -> RemovableHandle:
+    return model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (2 * args[0],))
 
 
 CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
@@ -75,8 +76,6 @@ CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "assignment": _assign,
     "in place": _in_place,
     "data": _data,
-    "hook": _hook,
-    "pre-hook": _pre_hook,
 }
 
 
@@ -93,6 +92,25 @@ def test_changed_weights_are_noticed(change: str) -> None:
     assert_as_stock(stock, PROMPT, actual)
     count, actual = computed(model, PROMPT)
     assert count == REST, "remembered again, with the new weights"
+    assert_as_stock(stock, PROMPT, actual)
+
+
+@pytest.mark.parametrize("change", [_hook, _pre_hook])
+def test_nothing_is_remembered_where_hooks_see_the_tokens(change: Callable[[PreTrainedModel], Any]) -> None:
+    """They see all of them in each call, as in stock; what was remembered without them holds again afterwards."""
+    stock = tiny("llama")
+    model = twin(stock)
+    handle = remembering(model)
+    assert computed(model, PROMPT)[0] == ALL
+    hooks = [change(each) for each in (stock, model)]
+    for _ in range(2):
+        count, actual = computed(model, PROMPT)
+        assert (count, handle.stats().prefix_hits) == (PROMPT["input_ids"].numel(), 0)
+        assert_as_stock(stock, PROMPT, actual)
+    for hook in hooks:
+        hook.remove()
+    count, actual = computed(model, PROMPT)
+    assert count == REST
     assert_as_stock(stock, PROMPT, actual)
 
 

@@ -179,6 +179,10 @@ class PagedHandle:
         """Tell the user once why something does not run natively; raise ValueError if `strict`."""
         self._voice.say(support, strict=self.config.strict)
 
+    def tell(self, reason: str, consequence: str) -> None:
+        """Tell the user once why something runs natively, and yet not as it could."""
+        self._voice.tell(reason, consequence)
+
     @contextmanager
     def generation(self, assistant: Any = None) -> Iterator[Generation]:
         """Around one `generate`: caches made for it are released if it raises, and free pages go back at its end.

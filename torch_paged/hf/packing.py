@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.family import family
@@ -19,17 +21,48 @@ _ALLOWED = {
 }  # fmt: skip
 # Rotary frequencies that follow from the longest sequence of a call: packing and chunking change which that is.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# The hooks of these look at no row: they move weights, ask for gradients or hand out outputs.
+_HOOKS_OF = ("torch.", "transformers.", "accelerate.", "deepspeed.", "peft.peft_model", "peft.utils.")
+ROW_HOOKS = "forward hooks of its modules may tell rows apart by their place in the batch"
 
 
 def pack_problem(forward: Forward, cache: PagedCache) -> str | None:
     """Why tokens of different rows of `cache` cannot stand in one row of the inputs of this native model, or None."""
+    # Hooks are numbered: without a new one the answer stays, which a large model would be searched for in every step.
+    asked = id(forward.model), RemovableHandle.next_id
+    if cache.state.packs == asked:
+        return None
+    problem = _pack_problem(forward, cache)
+    cache.state.packs = asked if problem is None else None
+    return problem
+
+
+def has_row_hooks(model: nn.Module) -> bool:
+    """Whether code of others sees inputs or outputs of modules as they run, in which rows have their places.
+
+    So PEFT chooses an adapter for each row (`adapter_names`), and users steer or record activations.
+    """
+    return any(
+        not _module_of(hook).startswith(_HOOKS_OF)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
+def _module_of(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return f"{hook.__module__}."
+
+
+def _pack_problem(forward: Forward, cache: PagedCache) -> str | None:
     model = forward.model
     if "position_ids" not in forward.parameters and not family(model.config.model_type).packed_without_positions:
         return "the model computes its positions from columns"
     if not cache.all_paged:
         return "layers of another kind than keys and values read along the row"
-    if model._forward_hooks or model._forward_pre_hooks:
-        return "hooks of the model see its inputs and outputs"
+    if has_row_hooks(model):
+        return ROW_HOOKS
     if _LENGTH_DEPENDENT_ROPE & set(_rope_types(model.config.to_dict())):
         return "its rotary frequencies depend on the longest row of a call"
     return None

@@ -18,7 +18,7 @@ from torch_paged.hf.call import NeedsOwnAttention, current
 from torch_paged.hf.disguise import disguise
 from torch_paged.hf.leaving import beams_leaving, leaving, tell_of_beams
 from torch_paged.hf.packed import Forward
-from torch_paged.hf.packing import call_problem, pack_problem
+from torch_paged.hf.packing import ROW_HOOKS, call_problem, has_row_hooks, pack_problem
 from torch_paged.hf.prefill import prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
 from torch_paged.hf.pressure import sample
@@ -86,6 +86,8 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
             stock: Callable[..., Any] = functools.partial(base._prefill, self)
+            if has_row_hooks(self):
+                return stock(input_ids, generation_config, model_kwargs, *args, **kwargs)
             return prefill_once(stock, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
         Paged._prefill = _prefill
@@ -177,7 +179,7 @@ def _announced_call(
             call is not None
             and call.native
             and (saves_work(cache, call) or cache.state.prefixes is not None)
-            and pack_problem(run, cache) is None
+            and _packs(handle, run, cache)
             and call_problem(run, named) is None
         ):
             if (rows := prompt_rows(cache.state, call, named)) is not None:
@@ -191,6 +193,13 @@ def _announced_call(
         random_state.restore()
     with announced(cache, make_call(cache, named, native=native, say=handle.say)):
         return run(*args, **kwargs)
+
+
+def _packs(handle: PagedHandle, forward: Forward, cache: PagedCache) -> bool:
+    problem = pack_problem(forward, cache)
+    if problem == ROW_HOOKS:
+        handle.tell(problem, "rows stay where stock has them: padding and finished rows are computed, nothing shared")
+    return problem is None
 
 
 def rows_may_leave(

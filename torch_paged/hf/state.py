@@ -40,6 +40,8 @@ class CacheState:
         # What the decoding that runs says of its rows, if it does.
         self.finished: Finished | None = None
         self.seen_mask = SeenMask()
+        # The model, by its id, and the newest hook there was when it was found to run packed calls over this cache.
+        self.packs: tuple[int, int] | None = None
         # Why calls over this cache must gather, once one was found to.
         self.refusal: str | None = None
 

@@ -33,9 +33,16 @@ class Voice:
         text = f"{self.name}: {support.reason}; {support.path.value}"
         if strict:
             raise ValueError(f"{text} (strict=False runs it so)")
+        self._once(support.reason, text)
+
+    def tell(self, reason: str, consequence: str) -> None:
+        """A warning about what runs natively, and yet not as it could."""
+        self._once(reason, f"{self.name}: {reason}; {consequence}")
+
+    def _once(self, reason: str, text: str) -> None:
         with _lock:
-            new = support.reason not in self._said
-            self._said.add(support.reason)
+            new = reason not in self._said
+            self._said.add(reason)
         if new:
             logger.warning(text)
 
