@@ -3,8 +3,9 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from torch_paged import ops
+from torch_paged import compile, ops
 from torch_paged._version import __version__
+from torch_paged.compile import CompileOptions
 
 if TYPE_CHECKING:
     from torch_paged.hf import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CompileOptions",
     "GenerationRequest",
     "GenerationResult",
     "NewTokens",
@@ -30,6 +32,7 @@ __all__ = [
     "PagedHandle",
     "PoolExhausted",
     "__version__",
+    "compile",
     "generate_many",
     "ops",
     "paged",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 logging.getLogger("torch_paged").addHandler(logging.NullHandler())
+compile.register()
 
 
 def __getattr__(name: str) -> Any:
