@@ -7,15 +7,88 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from torch_paged.hf.many.batch import Batch
+from torch_paged.hf.many.assistant import Assistant
 from torch_paged.hf.many.rows import Rows
 from torch_paged.hf.many.sequence import Sequence
-from torch_paged.memory import PoolExhausted
 
 Ints = np.ndarray
 
 
-def lookup_generator(model: PreTrainedModel, sequence: Sequence) -> PromptLookupCandidateGenerator | None:
+class Drafts:
+    """What proposes tokens for the sequences that ask for it.
+
+    Args:
+        model: that the drafts are for.
+        assistant: drafts for sequences that do not look up their own; None = there is none.
+        max_tokens: of one pass.
+        off: there are no drafts.
+    """
+
+    def __init__(self, model: PreTrainedModel, assistant: Assistant | None, max_tokens: int, off: bool) -> None:
+        self._model, self._assistant = model, assistant
+        self._max_tokens, self._off = max_tokens, off
+        self._lookups: dict[int, PromptLookupCandidateGenerator] = {}
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence is prepared."""
+        if (lookup := _lookup_generator(self._model, sequence)) is not None:
+            self._lookups[sequence.number] = lookup
+
+    def end(self, sequence: Sequence) -> None:
+        """A sequence is done."""
+        self._lookups.pop(sequence.number, None)
+
+    def of(self, rows: Rows) -> tuple[dict[int, Ints], dict[int, Exception]]:
+        """Drafts by row, of the rows that decode, and from their own tokens of those whose prompts end perhaps.
+
+        The second is what was raised for rows that get none.
+        """
+        drafts: dict[int, Ints] = {}
+        errors: dict[int, Exception] = {}
+        if self._off:
+            return drafts, errors
+        used = rows.used
+        assisted = []
+        for row, pending in zip(used.tolist(), rows.pending[used].tolist(), strict=True):
+            sequence = rows.sequence(row)
+            assert sequence.prepared is not None
+            if sequence.prepared.method != "_assisted_decoding" or pending > self._max_tokens:
+                continue
+            if (generator := self._lookups.get(sequence.number)) is None:
+                if pending == 1:
+                    assisted.append(row)
+                continue
+            try:
+                draft = _looked_up(generator, rows.of_row(row))
+            except Exception as error:
+                errors[row] = error
+                continue
+            if not sequence.prepared.config.do_sample:
+                # Stock draws for the whole draft, and so must we.
+                draft = draft[: int(rows.max_lengths[row] - rows.lengths[row]) - 1]
+            drafts[row] = draft
+        if assisted and self._assistant is not None:
+            of = np.array(assisted)
+            drafts |= self._assistant.drafts(of, rows, rows.max_lengths[of] - rows.lengths[of] - 1)
+        return {row: draft for row, draft in drafts.items() if len(draft)}, errors
+
+    def keep(self, lengths: Ints) -> None:
+        """Let the assistant go back to where the sequences have come, int64 `[rows]`."""
+        if self._assistant is not None:
+            self._assistant.keep(lengths)
+
+    def empty(self, row: int) -> None:
+        """This row holds no sequence any more."""
+        if self._assistant is not None:
+            self._assistant.empty(np.array([row]))
+
+    def close(self) -> None:
+        """Give all blocks back."""
+        if self._assistant is not None:
+            self._assistant.close()
+
+
+def _lookup_generator(model: PreTrainedModel, sequence: Sequence) -> PromptLookupCandidateGenerator | None:
     """Stock's generator of drafts from the sequence's own tokens, as its `_get_candidate_generator` makes it."""
     prepared = sequence.prepared
     assert prepared is not None
@@ -32,7 +105,7 @@ def lookup_generator(model: PreTrainedModel, sequence: Sequence) -> PromptLookup
     )
 
 
-def looked_up(generator: PromptLookupCandidateGenerator, tokens: Ints) -> Ints:
+def _looked_up(generator: PromptLookupCandidateGenerator, tokens: Ints) -> Ints:
     """A draft from the tokens of a sequence.
 
     Source: prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding.
@@ -40,74 +113,3 @@ def looked_up(generator: PromptLookupCandidateGenerator, tokens: Ints) -> Ints:
     candidates, _ = generator.get_candidates(torch.from_numpy(tokens.copy())[None])
     draft: Ints = candidates[0, len(tokens) :].numpy()
     return draft
-
-
-class Assistant:
-    """A smaller model that drafts for all sequences that run, in packed passes over a cache of its own.
-
-    Args:
-        batch: of the assistant, with as many rows as the model's.
-        max_tokens: of one pass.
-
-    Source: assisted generation; the drafts are verified as in speculative decoding, arXiv 2211.17192, with a greedy
-    draft: a token stays where the model chooses it too.
-    """
-
-    def __init__(self, batch: Batch, max_tokens: int) -> None:
-        self._batch = batch
-        # A draft is dropped after several passes, through which a sliding window went on.
-        batch.cache.state.record_past()
-        self._max_tokens = max_tokens
-        self._computed = np.zeros(batch.num_rows, dtype=np.int64)
-        config = batch.model.generation_config
-        self._num_tokens = int(config.num_assistant_tokens or 20)
-        self._confidence = float(config.assistant_confidence_threshold or 0.0)
-
-    def drafts(self, rows: Ints, of: Rows, most: Ints) -> dict[int, Ints]:
-        """Drafts for these rows, `most[i]` tokens at most for the i-th; none where the assistant has no blocks.
-
-        A draft ends before an EOS token, and with a token that the assistant is not sure of.
-        """
-        tokens = {int(row): of.of_row(row) for row in rows}
-        drafted: dict[int, list[int]] = {row: [] for row in tokens}
-        limits = dict(zip(tokens, np.minimum(most, self._num_tokens).tolist(), strict=True))
-        new = {row: ids[self._computed[row] :] for row, ids in tokens.items()}
-        while going := [row for row in sorted(drafted) if len(drafted[row]) < limits[row] and len(new[row])]:
-            num_tokens = np.zeros(self._batch.num_rows, dtype=np.int64)
-            lengths = np.array([len(new[row]) for row in going])
-            num_tokens[going] = np.clip(self._max_tokens - (lengths.cumsum() - lengths), 0, lengths)
-            parts = [new[row][: num_tokens[row]] for row in going]
-            input_ids = torch.from_numpy(np.concatenate(parts)).to(self._batch.model.device)
-            try:
-                passed = self._batch.run(num_tokens, input_ids, (num_tokens > 0).astype(np.int64))
-            except PoolExhausted:
-                break
-            for row in passed.errors:
-                del drafted[row]
-            self._computed[passed.rows] += num_tokens[passed.rows]
-            if not len(passed.rows):
-                break
-            best = passed.logits.float().softmax(dim=-1).max(dim=-1)
-            sure, chosen = torch.stack([best.values.double(), best.indices.double()]).cpu().numpy()
-            ends = of.are_eos(passed.rows, chosen.astype(np.int64))
-            for row, token, end, confidence in zip(passed.rows.tolist(), chosen.tolist(), ends, sure, strict=True):
-                new[row] = new[row][num_tokens[row] :]
-                if not end and not len(new[row]):
-                    drafted[row].append(int(token))
-                    if confidence >= self._confidence:
-                        new[row] = np.array([int(token)])
-        return {row: np.array(draft, dtype=np.int64) for row, draft in drafted.items() if draft}
-
-    def keep(self, lengths: Ints) -> None:
-        """Go back to where the sequences have come, int64 `[rows]`: what they did not accept is dropped."""
-        dropped = np.maximum(self._computed - lengths, 0)
-        self._batch.crop(dropped)
-        self._computed -= dropped
-
-    def empty(self, rows: Ints) -> None:
-        """These rows hold no sequences any more."""
-        self._batch.empty(rows)
-        self._computed[rows] = 0
-
-    def close(self) -> None:
-        self._batch.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,11 @@ from transformers import PreTrainedModel
 
 from torch_paged.hf.call import NeedsOwnAttention
 from torch_paged.hf.many.alone import generate_alone
+from torch_paged.hf.many.assistant import Assistant
 from torch_paged.hf.many.batch import Batch, Passed
-from torch_paged.hf.many.drafts import Assistant, looked_up, lookup_generator
+from torch_paged.hf.many.drafts import Drafts
 from torch_paged.hf.many.outcome import Outcome
+from torch_paged.hf.many.plan import plan
 from torch_paged.hf.many.prepare import prepare
 from torch_paged.hf.many.request import FinishReason, GenerationRequest, GenerationResult, NewTokens
 from torch_paged.hf.many.room import Room
@@ -60,13 +61,14 @@ class Engine:
     ) -> None:
         self.counts = Counts()
         self.outcome = Outcome(batch.model.device, self.counts)
-        self._batch, self._assistant, self._assistant_model = batch, assistant, assistant_model
+        self._batch, self._assistant_model = batch, assistant_model
         self._rows = Rows(batch.num_rows)
         self._waiting = Waiting(requests, take)
         self._max_tokens = max_num_batched_tokens
         self._problem = problem
         self._room = Room(sure=batch.deterministic)
-        self._lookups: dict[int, Any] = {}
+        self._drafts = Drafts(batch.model, assistant, max_num_batched_tokens, off=batch.deterministic)
+        self._chunk = max(1, max_num_batched_tokens - batch.num_rows) if batch.deterministic else None
         self._cancelled: set[Hashable] = set()
         self._lock = threading.Lock()
 
@@ -92,8 +94,7 @@ class Engine:
     def close(self) -> None:
         """Give all blocks back."""
         self._batch.close()
-        if self._assistant is not None:
-            self._assistant.close()
+        self._drafts.close()
 
     # Admission.
 
@@ -159,8 +160,7 @@ class Engine:
             sequence.kind = kind(sequence)
             sequence.prefixes = self._batch.handle.row_prefixes(sequence.request.salt)
             sequence.generator = torch.Generator(self._batch.model.device).manual_seed(sequence.seed)
-            if (lookup := lookup_generator(self._batch.model, sequence)) is not None:
-                self._lookups[sequence.number] = lookup
+            self._drafts.begin(sequence)
             self.outcome.begin(sequence)
         except Exception as error:
             self._end(sequence, "error", error)
@@ -195,37 +195,16 @@ class Engine:
     # A pass.
 
     def _run(self) -> None:
-        drafts = self._drafts()
+        drafts, errors = self._drafts.of(self._rows)
+        for row, error in errors.items():
+            self._end(self._rows.sequence(row), "error", error)
         while len(self._rows.used):
-            num_tokens = self._plan(drafts)
+            num_tokens = plan(self._rows, drafts, self._max_tokens, self._chunk)
             passed = self._pass(num_tokens, drafts)
             if passed is not None:
                 self._use(passed, num_tokens, drafts)
                 return
             drafts = {row: draft for row, draft in drafts.items() if self._rows.sequences[row] is not None}
-
-    def _plan(self, drafts: dict[int, Ints]) -> Ints:
-        """Tokens of each row in the next pass, int64 `[rows]`: decode steps, drafts, then prompts, oldest first."""
-        rows, pending = self._rows.used, self._rows.pending
-        num_tokens = np.zeros(self._batch.num_rows, dtype=np.int64)
-        decoding, filling = rows[pending[rows] == 1], rows[pending[rows] > 1]
-        num_tokens[decoding] = 1
-        if drafts:
-            lengths = np.array([len(drafts.get(row, ())) for row in decoding.tolist()], dtype=np.int64)
-            num_tokens[decoding] += _share_out(self._max_tokens - len(decoding), lengths)
-        left = self._max_tokens - int(num_tokens.sum())
-        if self._batch.deterministic:
-            # Attention sums in another order for another number of queries: chunks begin and end at the same places
-            # whatever else runs.
-            size = max(1, self._max_tokens - self._batch.num_rows)
-            chunks = np.minimum(pending[filling], size - self._rows.computed[filling] % size)
-            num_tokens[filling] = np.where(chunks.cumsum() <= left, chunks, 0)
-        else:
-            num_tokens[filling] = _share_out(left, pending[filling])
-            for row in filling.tolist():
-                if row in drafts and num_tokens[row] == pending[row]:
-                    num_tokens[row] += min(len(drafts[row]), self._max_tokens - int(num_tokens.sum()))
-        return num_tokens
 
     def _pass(self, num_tokens: Ints, drafts: dict[int, Ints]) -> Passed | None:
         """The pass; None where it found too few blocks or cannot be, and some sequences do not run any more."""
@@ -272,44 +251,12 @@ class Engine:
     def _empty(self, row: int) -> None:
         self._remember(row)
         self._batch.empty(np.array([row]))
-        if self._assistant is not None:
-            self._assistant.empty(np.array([row]))
+        self._drafts.empty(row)
 
     def _remember(self, row: int) -> None:
         sequence = self._rows.sequence(row)
         if sequence.prefixes is not None:
             self._batch.remember(row, self._rows.of_row(row), sequence.prefixes)
-
-    def _drafts(self) -> dict[int, Ints]:
-        """Drafts by row, of the rows that decode, and from their own tokens of those whose prompts end perhaps."""
-        rows = self._rows
-        if self._batch.deterministic:
-            return {}
-        used = rows.used
-        drafts = {}
-        assisted = []
-        for row, pending in zip(used.tolist(), rows.pending[used].tolist(), strict=True):
-            sequence = rows.sequence(row)
-            assert sequence.prepared is not None
-            if sequence.prepared.method != "_assisted_decoding" or pending > self._max_tokens:
-                continue
-            if (generator := self._lookups.get(sequence.number)) is None:
-                if pending == 1:
-                    assisted.append(row)
-                continue
-            try:
-                draft = looked_up(generator, rows.of_row(row))
-            except Exception as error:
-                self._end(sequence, "error", error)
-                continue
-            if not sequence.prepared.config.do_sample:
-                # Stock draws for the whole draft, and so must we.
-                draft = draft[: int(rows.max_lengths[row] - rows.lengths[row]) - 1]
-            drafts[row] = draft
-        if assisted and self._assistant is not None:
-            of = np.array(assisted)
-            drafts |= self._assistant.drafts(of, rows, rows.max_lengths[of] - rows.lengths[of] - 1)
-        return {row: draft for row, draft in drafts.items() if len(draft)}
 
     # Its results.
 
@@ -376,8 +323,7 @@ class Engine:
         if beyond.any():
             self._batch.crop(beyond)
             rows.computed -= beyond
-        if self._assistant is not None:
-            self._assistant.keep(rows.computed)
+        self._drafts.keep(rows.computed)
 
     def _tell(self, places: Ints, told: dict[int, Ints]) -> None:
         rows, at = self._rows, now()
@@ -429,13 +375,7 @@ class Engine:
                 self._room.ended(sequence, sequence.prepared.max_length)
         else:
             self._waiting.remove(sequence)
-        self._lookups.pop(sequence.number, None)
+        self._drafts.end(sequence)
         with self._lock:
             self._cancelled.discard(sequence.request_id)
         self.outcome.end(sequence, reason, error)
-
-
-def _share_out(tokens: int, wanted: Ints) -> Ints:
-    """What each gets of so many tokens, the first ones all they want."""
-    shares: Ints = np.clip(tokens - (wanted.cumsum() - wanted), 0, wanted)
-    return shares

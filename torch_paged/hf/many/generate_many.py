@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from torch_paged.hf.handle import PagedHandle
+from torch_paged.hf.many.assistant import Assistant
 from torch_paged.hf.many.batch import Batch
-from torch_paged.hf.many.drafts import Assistant
 from torch_paged.hf.many.engine import Engine
 from torch_paged.hf.many.prepare import prompt_ids
 from torch_paged.hf.many.request import GenerationRequest, GenerationResult, NewTokens
