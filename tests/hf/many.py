@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from torch_paged import GenerationRequest, GenerationResult, NewTokens, generate_many
+from torch_paged.hf.many.room import Room
 
 from .models import EOS, PAD, assert_same_tokens, batch
 
@@ -45,6 +48,13 @@ def stock_answer(model: PreTrainedModel, request: GenerationRequest | Tensor, **
         **named,
         **(options | dict(request.options)),
     )
+
+
+@contextmanager
+def admitting_all() -> Iterator[None]:
+    """Whoever waits is let in at once, so that blocks run out."""
+    with mock.patch.object(Room, "is_enough", lambda *_: True):
+        yield
 
 
 def results(events: Iterable[GenerationResult | NewTokens]) -> dict[Any, GenerationResult]:

@@ -21,6 +21,7 @@ from torch_paged.memory import Pool
 from .counting import count_tokens
 from .models import EOS, VOCAB, assert_same_tokens, batch, generate, tiny, twin
 from .raising import Raises
+from .swaps import no_memory_after
 from .test_threads import in_threads
 
 BLOCK = 4
@@ -107,6 +108,17 @@ def test_swapped_rows_are_not_computed_again_and_dropped_ones_are() -> None:
         # Twice a pass had embedded its tokens when blocks ran out: stock's, and the one before the second row went.
         assert sum(tokens) == 2 * (17 + new - 1) + 2 + 2 + again
         assert (counts["out"], counts["in"]) == ((5, 5) if how == "swap" else (0, 0))
+
+
+def test_rows_are_dropped_where_cpu_memory_is_used_up() -> None:
+    """The copy of one of two groups finds room."""
+    stock = tiny("qwen2-sliding")
+    model, inputs = twin(stock), batch(LENGTHS)
+    handle = small(model, 24)
+    with counted() as counts, no_memory_after(1):
+        actual = generate(model, inputs, max_new_tokens=NEW, eos_token_id=None)
+    assert_same_tokens(stock, generate(stock, inputs, max_new_tokens=NEW, eos_token_id=None), actual, inputs)
+    assert counts["preempted"] > 0 == counts["in"] < counts["out"] and handle.stats().blocks_used == 0
 
 
 def test_rows_are_admitted_as_blocks_come_free_and_the_longest_waiting_first() -> None:

@@ -26,9 +26,10 @@ class PagedConfig:
             rows but identical ones. Each level of prefixes costs a forward pass of its own.
         drop_finished_rows: rows of a batch that met their stopping criterion give their blocks back at once and are
             computed no more, where stock would go on with pad tokens for them. Their scores are zeros then.
-        on_pressure: what becomes of rows of a batch that does not fit: "swap" copies their blocks to CPU memory, which
-            `max_memory` does not count, "recompute" drops them, to be computed again when their turn comes, "error"
-            raises PoolExhausted.
+        on_pressure: what becomes of rows of a batch that does not fit, and of requests of generate_many: "swap" copies
+            their blocks to CPU memory, which `max_memory` does not count, "recompute" drops them, to be computed again
+            when their turn comes, as "swap" does where the system has no memory left; "error" raises PoolExhausted,
+            which in generate_many is the result of one request.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:

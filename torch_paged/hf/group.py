@@ -131,10 +131,10 @@ class LayerGroup:
         self.call = self.step = None
         return SwappedRow(self.pool, self.tables, row)
 
-    def swap_in(self, swapped: SwappedRow, row: int) -> None:
-        """Make an empty row hold its tokens again; raises PoolExhausted."""
+    def swap_in(self, swapped: SwappedRow, row: int, blocks: np.ndarray) -> None:
+        """Make an empty row hold its tokens again, in these blocks, int64 `[swapped.num_blocks]`."""
         self.call = self.step = None
-        swapped.restore(self.tables, row)
+        swapped.restore(self.tables, row, blocks)
 
     def release(self) -> None:
         with self.pool.lock:

@@ -15,7 +15,7 @@ from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.group import LayerGroup
 from torch_paged.hf.packed import packed_call
 from torch_paged.hf.row_by_row import for_rows
-from torch_paged.hf.swapped_row import Swapped
+from torch_paged.hf.swapped_row import Swapped, swap_out
 from torch_paged.memory import PoolExhausted
 
 
@@ -216,8 +216,8 @@ class Turns:
                 self._running[columns] = each.take(rest)
                 if not rest:
                     del self._running[columns]
-        if self._swaps and self._fed(row):
-            self._swapped[row] = Swapped(self._groups(), row)
+        if self._swaps and self._fed(row) and (swapped := swap_out(self._groups(), row)) is not None:
+            self._swapped[row] = swapped
         self._empty([row])
         heapq.heappush(self._waiting, row)
 

@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 
+from torch_paged.memory.allocator import Ids
 from torch_paged.memory.pool import Pool
 from torch_paged.memory.tables import BlockTables
 
@@ -24,6 +25,7 @@ class SwappedRow:
     Attributes:
         num_tokens: tokens of the row.
         num_blocks: blocks that `restore` needs.
+        keeps_blocks: whether some stay, held for this row.
 
     Source: swapping in PagedAttention, arXiv 2309.06180, section 4.5.
     """
@@ -44,13 +46,16 @@ class SwappedRow:
             if len(kept):
                 pool.allocator.retain(kept)
             tables.empty(np.array([row]))
-        self.num_blocks = len(alone)
+        self.num_blocks, self.keeps_blocks = len(alone), bool(len(kept))
         release = functools.partial(pool.allocator.release, kept) if len(kept) else _nothing
         self._finalizer = weakref.finalize(self, pool.budget.abandon, release)
         self._finalizer.atexit = False
 
-    def restore(self, tables: BlockTables, row: int) -> None:
+    def restore(self, tables: BlockTables, row: int, new: Ids | None = None) -> None:
         """Make an empty row of `tables` hold the tokens again. Once.
+
+        Args:
+            new: `num_blocks` blocks to restore into, the row's from now on; None = they are allocated.
 
         Raises:
             PoolExhausted: fewer than `num_blocks` are free; nothing has changed.
@@ -62,7 +67,7 @@ class SwappedRow:
         with pool.lock:
             pool.budget.settle()
             blocks = self._kept.copy()
-            new = pool.allocator.allocate(self.num_blocks) if self.num_blocks else self._columns
+            new = pool.allocator.allocate(self.num_blocks) if new is None else new
             blocks[self._columns] = new
             every = np.full((tables.num_seqs, len(blocks)), -1, dtype=np.int64)
             lengths = np.zeros(tables.num_seqs, dtype=np.int64)

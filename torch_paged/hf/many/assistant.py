@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 
 from torch_paged.hf.many.batch import Batch
 from torch_paged.hf.many.rows import Rows
+from torch_paged.hf.swapped_row import Swapped
 from torch_paged.memory import PoolExhausted
 
 Ints = np.ndarray
@@ -32,6 +35,7 @@ class Assistant:
         config = batch.model.generation_config
         self._num_tokens = int(config.num_assistant_tokens or 20)
         self._confidence = float(config.assistant_confidence_threshold or 0.0)
+        self._swaps = batch.handle.config.on_pressure == "swap"
 
     def drafts(self, rows: Ints, of: Rows, most: Ints) -> dict[int, Ints]:
         """Drafts for these rows, `most[i]` tokens at most for the i-th; none where the assistant has no blocks.
@@ -78,6 +82,19 @@ class Assistant:
         """These rows hold no sequences any more."""
         self._batch.empty(rows)
         self._computed[rows] = 0
+
+    def swap_out(self, row: int, length: int) -> Swapped | None:
+        """What is computed of the first `length` tokens of a row, moved to CPU memory; None = nothing is there."""
+        computed, self._computed[row] = int(self._computed[row]), 0
+        if not self._swaps or not computed:
+            return None
+        return self._batch.swap_out(row, max(0, computed - length))
+
+    def swap_in(self, swapped: Swapped, row: int) -> None:
+        """Let an empty row go on from there, if blocks are free."""
+        with suppress(PoolExhausted):
+            if self._batch.swap_in(swapped, row):
+                self._computed[row] = swapped.num_tokens
 
     def close(self) -> None:
         self._batch.close()

@@ -20,6 +20,7 @@ from torch_paged.hf.packed import Forward, packed_call
 from torch_paged.hf.packing import pack_problem
 from torch_paged.hf.prefixes import RowPrefixes
 from torch_paged.hf.support import Path, implementation_reason, training_reason
+from torch_paged.hf.swapped_row import Swapped, swap_out
 from torch_paged.memory import PoolExhausted
 
 Ints = np.ndarray
@@ -138,6 +139,31 @@ class Batch:
         """Give the blocks of these rows back."""
         if self._cache is not None:
             self.cache.state.empty(rows)
+
+    def swap_out(self, row: int, dropping: int = 0) -> Swapped | None:
+        """What a row holds but for its last `dropping` tokens, in CPU memory; None where that has no room for it.
+
+        The row is empty then.
+        """
+        groups = list(self.cache.state.groups.values())
+        if dropping:
+            num_tokens = np.zeros(self.num_rows, dtype=np.int64)
+            num_tokens[row] = dropping
+            # The past of other rows stays for them to go back to.
+            for group in groups:
+                group.crop(num_tokens)
+        return swap_out(groups, row)
+
+    def swap_in(self, swapped: Swapped, row: int) -> bool:
+        """Let an empty row hold its tokens again; False if the cache was released since, and they are gone.
+
+        Raises:
+            PoolExhausted: too few blocks are free; nothing has changed.
+        """
+        if not swapped.is_of(self.cache.state.groups.values()):
+            return False
+        swapped.restore(row)
+        return True
 
     def close(self) -> None:
         """Give all blocks back."""

@@ -10,6 +10,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from torch_paged.hf.many.assistant import Assistant
 from torch_paged.hf.many.rows import Rows
 from torch_paged.hf.many.sequence import Sequence
+from torch_paged.hf.swapped_row import Swapped
 
 Ints = np.ndarray
 
@@ -81,6 +82,15 @@ class Drafts:
         """This row holds no sequence any more."""
         if self._assistant is not None:
             self._assistant.empty(np.array([row]))
+
+    def swap_out(self, row: int, length: int) -> Swapped | None:
+        """What the assistant has computed of a row's first `length` tokens, moved to CPU memory; None = nothing."""
+        return None if self._assistant is None else self._assistant.swap_out(row, length)
+
+    def swap_in(self, swapped: Swapped, row: int) -> None:
+        """Let the assistant go on from there."""
+        if self._assistant is not None:
+            self._assistant.swap_in(swapped, row)
 
     def close(self) -> None:
         """Give all blocks back."""

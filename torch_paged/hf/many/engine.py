@@ -16,6 +16,7 @@ from torch_paged.hf.many.assistant import Assistant
 from torch_paged.hf.many.batch import Batch, Passed
 from torch_paged.hf.many.drafts import Drafts
 from torch_paged.hf.many.outcome import Outcome
+from torch_paged.hf.many.placement import Placement
 from torch_paged.hf.many.plan import plan
 from torch_paged.hf.many.prepare import prepare
 from torch_paged.hf.many.request import FinishReason, GenerationRequest, GenerationResult, NewTokens
@@ -37,7 +38,8 @@ class Engine:
     A step admits the requests that have waited longest, as far as rows, tokens and blocks allow, runs one pass over
     decode steps and chunks of prompts (Orca's continuous batching, OSDI 2022, with Sarathi's chunked prefills, arXiv
     2308.16369), chooses tokens, and gives back the rows that are done. Where blocks run out, the sequence that has
-    waited the shortest loses its own and is computed again later (PagedAttention, arXiv 2309.06180, section 4.5).
+    waited the shortest loses its own, to CPU memory or to be computed again later (PagedAttention, arXiv 2309.06180,
+    section 4.5).
 
     Args:
         batch: of the model.
@@ -59,6 +61,7 @@ class Engine:
         assistant_model: PreTrainedModel | None,
         problem: str | None,
     ) -> None:
+        on_pressure = batch.handle.config.on_pressure
         self.counts = Counts()
         self.outcome = Outcome(batch.model.device, self.counts)
         self._batch, self._assistant_model = batch, assistant_model
@@ -66,8 +69,12 @@ class Engine:
         self._waiting = Waiting(requests, take)
         self._max_tokens = max_num_batched_tokens
         self._problem = problem
-        self._room = Room(sure=batch.deterministic)
+        self._room = Room(sure=batch.deterministic or on_pressure == "error")
         self._drafts = Drafts(batch.model, assistant, max_num_batched_tokens, off=batch.deterministic)
+        self._preempts = on_pressure != "error"
+        self._placement = Placement(
+            batch, self._rows, self._waiting, self._drafts, self.counts, swaps=on_pressure == "swap"
+        )
         self._chunk = max(1, max_num_batched_tokens - batch.num_rows) if batch.deterministic else None
         self._cancelled: set[Hashable] = set()
         self._lock = threading.Lock()
@@ -93,6 +100,7 @@ class Engine:
 
     def close(self) -> None:
         """Give all blocks back."""
+        self._placement.close()
         self._batch.close()
         self._drafts.close()
 
@@ -130,24 +138,20 @@ class Engine:
                 if len(self._rows.used):
                     return
                 self._waiting.remove(sequence)
+                sequence.forget_swapped()
                 self._run_alone(sequence)
                 continue
             if not self._room.is_enough(self._batch, self._rows, sequence):
                 return
             self._waiting.remove(sequence)
-            left -= len(sequence.tokens) - self._place(sequence)
-
-    def _place(self, sequence: Sequence) -> int:
-        """Give the sequence a row; tokens that it begins with already."""
-        row = self._rows.place(sequence)
-        if sequence.prefixes is None:
-            return 0
-        cached = self._batch.adopt(row, sequence.tokens, sequence.prefixes)
-        self._rows.computed[row] = cached
-        self.counts.tokens_saved += cached
-        if not sequence.num_preemptions:
-            sequence.num_cached_tokens = cached
-        return cached
+            try:
+                left -= len(sequence.tokens) - self._placement.place(sequence)
+            except PoolExhausted as error:
+                self._waiting.put_back(sequence)
+                if len(self._rows.used):
+                    return
+                if not self._placement.forget_kept(besides=sequence):
+                    self._end(sequence, "error", error.with_traceback(None))
 
     def _is_prepared(self, sequence: Sequence) -> bool:
         """Prepare a sequence that is to be admitted for the first time; False if it failed, and is done."""
@@ -225,7 +229,7 @@ class Engine:
         except NeedsOwnAttention as needs:
             self._problem = str(needs)
             for row in rows.used.tolist():
-                self._put_back(row)
+                self._placement.put_back(row)
             return None
         self.counts.forwards += 1
         self.counts.tokens_drafted += sum(map(len, drafts.values()))
@@ -234,29 +238,19 @@ class Engine:
         return passed
 
     def _make_room(self, error: PoolExhausted) -> None:
+        """Let fewer sequences run after a pass found too few blocks."""
         used = self._rows.used
         youngest = int(used[-1])
-        if len(used) == 1:
+        if len(used) > 1 and not self._rows.computed[used].any():
+            # Nothing was known of the pool when they were admitted.
+            block_size = self._batch.handle.config.block_size
+            for row in used[self._room.num_fitting(self._rows, error.free, block_size) :].tolist():
+                self._placement.put_back(row)
+        elif len(used) > 1 and self._preempts:
+            self._room.preempted()
+            self._placement.preempt(youngest)
+        elif len(used) > 1 or not self._placement.forget_kept():
             self._end(self._rows.sequence(youngest), "error", error.with_traceback(None))
-            return
-        self.counts.preemptions += 1
-        self._room.preempted()
-        self._rows.sequence(youngest).num_preemptions += 1
-        self._put_back(youngest)
-
-    def _put_back(self, row: int) -> None:
-        self._empty(row)
-        self._waiting.put_back(self._rows.take(row))
-
-    def _empty(self, row: int) -> None:
-        self._remember(row)
-        self._batch.empty(np.array([row]))
-        self._drafts.empty(row)
-
-    def _remember(self, row: int) -> None:
-        sequence = self._rows.sequence(row)
-        if sequence.prefixes is not None:
-            self._batch.remember(row, self._rows.of_row(row), sequence.prefixes)
 
     # Its results.
 
@@ -265,14 +259,14 @@ class Engine:
         failed = [(rows.sequence(row), error) for row, error in passed.errors.items()]
         ran = passed.rows
         computed = num_tokens[ran]
-        prefill = (rows.pending[ran] > 1) | (rows.computed[ran] == 0)
-        self.counts.tokens_prefilled += int(np.minimum(computed, rows.pending[ran])[prefill].sum())
+        prefilled = np.clip(rows.prefill[ran] - rows.computed[ran], 0, computed)
+        self.counts.tokens_prefilled += int(prefilled.sum())
         complete = computed >= rows.pending[ran]
         rows.computed[ran] += computed
         asks, places = [], []
         first = 0
-        for row in ran[prefill & complete].tolist():
-            self._remember(row)
+        for row in ran[(prefilled > 0) & complete].tolist():
+            self._placement.remember(row)
         for row, is_complete in zip(ran.tolist(), complete.tolist(), strict=True):
             draft = drafts.get(row, ())
             if is_complete:
@@ -367,14 +361,13 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         if sequence.row >= 0:
-            row = sequence.row
-            self._empty(row)
-            self._rows.take(row)
+            self._placement.leave(sequence.row)
             if reason in ("eos", "length", "stop"):
                 assert sequence.prepared is not None
                 self._room.ended(sequence, sequence.prepared.max_length)
         else:
             self._waiting.remove(sequence)
+            sequence.forget_swapped()
         self._drafts.end(sequence)
         with self._lock:
             self._cancelled.discard(sequence.request_id)

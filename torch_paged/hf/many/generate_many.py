@@ -48,7 +48,10 @@ def generate_many(
     Requests are taken one by one, in their order, as there is room, so that any iterable will do, also an endless one;
     results come in the order in which requests are done. Each forward pass computes the next token of every sequence
     that runs beside chunks of prompts, without padding. Where blocks run out, the sequence that has waited the shortest
-    gives up its blocks and is computed again later. What a request does wrong is its own result: its `error` is set.
+    gives up its blocks and goes on later: `on_pressure="swap"` of the model's PagedConfig keeps what it has in CPU
+    memory, as far as the system has some, "recompute" computes it again. With "error" requests wait for memory for all
+    the tokens they may get, and end with PoolExhausted where others take it meanwhile. What a request does wrong is its
+    own result: its `error` is set.
 
     A model that is not patched is patched until the iterator is done. Requests that are rows of a batch of their own
     (beams, several returned sequences), that ask for attentions, hidden states or another cache, and all requests of
@@ -69,7 +72,7 @@ def generate_many(
             computed row by row alike, linear layers in tiles of one shape, prompts in chunks that begin at the same
             places, without drafts, and memory for all the tokens a request may get is waited for. Slower. Not covered:
             grouped products of mixtures of experts, and what a request computes again after a preemption, which only
-            happens where others use up the pool.
+            happens where others use up the pool, and not with `on_pressure="swap"`.
         timeout: seconds that a request may take, from when it is taken; None = any time.
         progress: show a bar.
         **options: keyword arguments of `generate` that set fields of the config, for requests that have no config and

@@ -70,7 +70,7 @@ class GenerationResult:
             `output_scores` or `output_logits`; else None.
         time_to_first_token: seconds from when the request was taken from the requests; None without a token.
         seconds: from then until it was done.
-        num_preemptions: how often it lost its blocks to older requests and had them filled again.
+        num_preemptions: how often it lost its blocks to older requests, and had them filled again later.
         num_cached_tokens: tokens of the prompt that were remembered and not computed.
     """
 

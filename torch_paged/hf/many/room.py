@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 
 from torch_paged.hf.group import LayerGroup
@@ -45,7 +47,7 @@ class Room:
             self._weight += 1
 
     def preempted(self) -> None:
-        self._sum += _RAISE * self._weight
+        self._sum = min(self._weight, self._sum + _RAISE * self._weight)
 
     def is_enough(self, batch: Batch, rows: Rows, sequence: Sequence) -> bool:
         """Whether `sequence` fits beside the rows that run, each with its expected tokens."""
@@ -54,9 +56,29 @@ class Room:
         if not len(used):
             return True
         lengths = np.append(rows.lengths[used], len(sequence.tokens))
-        most = np.append(rows.max_lengths[used], sequence.prepared.max_length)
-        expected = lengths + np.ceil(self.share * np.maximum(most - lengths, 0)).astype(np.int64)
-        return all(_num_blocks(group, expected) <= _available(group) for group in batch.cache.state.groups.values())
+        expected = self._expected(lengths, np.append(rows.max_lengths[used], sequence.prepared.max_length))
+        # Pools of one device share its bytes.
+        needed: defaultdict[int, int] = defaultdict(int)
+        available: dict[int, int] = {}
+        for group in batch.cache.state.groups.values():
+            budget = group.pool.budget
+            with budget.lock:
+                budget.settle()
+                available.setdefault(id(budget), budget.free_bytes)
+                available[id(budget)] += _reclaimable(group) * group.pool.block_bytes
+            needed[id(budget)] += _num_blocks(group, expected) * group.pool.block_bytes
+        return all(needed[budget] <= nbytes for budget, nbytes in available.items())
+
+    def num_fitting(self, rows: Rows, num_blocks: int, block_size: int) -> int:
+        """How many of the rows that run, the first ones, fit into so many blocks, each with its expected tokens."""
+        used = rows.used
+        expected = self._expected(rows.lengths[used], rows.max_lengths[used])
+        fitting = np.cumsum(-(-expected // block_size)) <= num_blocks
+        return min(max(1, int(fitting.sum())), len(used) - 1)
+
+    def _expected(self, lengths: np.ndarray, most: np.ndarray) -> np.ndarray:
+        expected: np.ndarray = lengths + np.ceil(self.share * np.maximum(most - lengths, 0)).astype(np.int64)
+        return expected
 
 
 def _num_blocks(group: LayerGroup, lengths: np.ndarray) -> int:
@@ -67,9 +89,6 @@ def _num_blocks(group: LayerGroup, lengths: np.ndarray) -> int:
     return int((-(-lengths // size)).sum())
 
 
-def _available(group: LayerGroup) -> int:
-    """Blocks that are free, or would be if prefixes were forgotten and all rows were empty."""
-    with group.pool.lock:
-        group.pool.budget.settle()
-        held = int(np.count_nonzero(group.tables.tokens_in_blocks()[0] >= 0))
-        return group.pool.allocator.num_free + group.pool.num_cached + held
+def _reclaimable(group: LayerGroup) -> int:
+    """Blocks that would be free if prefixes were forgotten and all rows were empty."""
+    return group.pool.num_cached + len(group.tables.tokens_in_blocks()[0])

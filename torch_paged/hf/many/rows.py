@@ -18,6 +18,7 @@ class Rows:
         tokens: int64 `[rows, capacity]`.
         lengths: int64 `[rows]`, tokens of each.
         computed: int64 `[rows]`, how many of them the cache holds.
+        prefill: int64 `[rows]`, how many of them no decode step computes: those it was placed with.
         max_lengths: int64 `[rows]`.
         numbers: int64 `[rows]`, of the sequences.
         last: float64 `[rows]`, when the last token came; nan before the first.
@@ -26,7 +27,8 @@ class Rows:
     def __init__(self, num_rows: int) -> None:
         self.sequences: list[Sequence | None] = [None] * num_rows
         self.tokens = np.zeros((num_rows, 64), dtype=np.int64)
-        self.lengths, self.computed, self.max_lengths, self.numbers = np.zeros((4, num_rows), dtype=np.int64)
+        zeros = np.zeros((5, num_rows), dtype=np.int64)
+        self.lengths, self.computed, self.prefill, self.max_lengths, self.numbers = zeros
         self.last = np.full(num_rows, np.nan)
         self._eos = np.full((num_rows, 1), _NO_TOKEN, dtype=np.int64)
         self._used = np.zeros(num_rows, dtype=np.bool_)
@@ -59,10 +61,11 @@ class Rows:
         sequence.row, self.sequences[row], self._used[row] = row, sequence, True
         self._widen(len(sequence.tokens))
         self.tokens[row, : len(sequence.tokens)] = sequence.tokens
-        self.lengths[row], self.computed[row] = len(sequence.tokens), 0
+        self.lengths[row] = self.prefill[row] = len(sequence.tokens)
+        self.computed[row] = 0
         self.max_lengths[row] = sequence.prepared.max_length
         self.numbers[row] = sequence.number
-        self.last[row] = np.nan
+        self.last[row] = sequence.last_token
         eos = sequence.prepared.eos
         if len(eos) > self._eos.shape[1]:
             more = np.full((len(self._eos), len(eos) - self._eos.shape[1]), _NO_TOKEN, dtype=np.int64)
@@ -74,7 +77,7 @@ class Rows:
     def take(self, row: int) -> Sequence:
         """Free the row; its sequence keeps its tokens."""
         sequence = self.sequence(row)
-        sequence.tokens = self.of_row(row).copy()
+        sequence.tokens, sequence.last_token = self.of_row(row).copy(), float(self.last[row])
         sequence.row, self.sequences[row], self._used[row] = -1, None, False
         self.lengths[row] = self.computed[row] = 0
         return sequence

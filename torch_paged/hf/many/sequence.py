@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch_paged.hf.many.prepare import Prepared
 from torch_paged.hf.many.request import GenerationRequest
 from torch_paged.hf.prefixes import RowPrefixes
+from torch_paged.hf.swapped_row import Swapped
 
 
 @dataclass(eq=False)
@@ -32,6 +34,9 @@ class Sequence:
         generator: what it draws from.
         prefixes: what it may begin with, and is remembered for others.
         row: of `Rows`; -1 = none.
+        swapped: what its row held when it was preempted, in CPU memory.
+        swapped_drafts: likewise the assistant's row.
+        last_token: when its last token came, by `stats.now`; nan before the first.
         num_told: new tokens that a stream or a streamer got.
     """
 
@@ -49,6 +54,9 @@ class Sequence:
     generator: torch.Generator | None = None
     prefixes: RowPrefixes | None = None
     row: int = -1
+    swapped: Swapped | None = None
+    swapped_drafts: Swapped | None = None
+    last_token: float = math.nan
     num_prompt_tokens: int = 0
     num_told: int = 0
     num_preemptions: int = 0
@@ -56,3 +64,7 @@ class Sequence:
     first_token: float | None = None
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+
+    def forget_swapped(self) -> None:
+        """Drop what is in CPU memory."""
+        self.swapped = self.swapped_drafts = None

@@ -36,7 +36,7 @@ class ManyStats:
         tokens_prefilled: prompt tokens computed, and those computed again after a preemption.
         tokens_saved: prompt tokens that were remembered and not computed.
         forwards: passes of the model, and `mixed_forwards` with prefill and decode steps in one.
-        preemptions: how often a request lost its blocks.
+        preemptions: how often a request lost its blocks, and `swaps` how often of these to CPU memory.
         tokens_drafted, drafts_accepted: tokens that speculation proposed, and those that the model chose too.
         alone: requests that ran through `model.generate` by themselves.
     """
@@ -55,6 +55,7 @@ class ManyStats:
     forwards: int
     mixed_forwards: int
     preemptions: int
+    swaps: int
     tokens_drafted: int
     drafts_accepted: int
     alone: int
@@ -74,6 +75,7 @@ class Counts:
     forwards: int = 0
     mixed_forwards: int = 0
     preemptions: int = 0
+    swaps: int = 0
     tokens_drafted: int = 0
     drafts_accepted: int = 0
     alone: int = 0
@@ -97,6 +99,7 @@ class Counts:
             forwards=self.forwards,
             mixed_forwards=self.mixed_forwards,
             preemptions=self.preemptions,
+            swaps=self.swaps,
             tokens_drafted=self.tokens_drafted,
             drafts_accepted=self.drafts_accepted,
             alone=self.alone,
