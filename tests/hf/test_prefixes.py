@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -71,6 +72,55 @@ def test_a_chat_prefills_only_the_new_turn(name: str) -> None:
         lengths = [length + 13 for length in lengths]
     handle.flush()
     assert handle.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "mistral", "gemma2"])
+def test_prompts_that_take_several_passes_are_remembered_whole(name: str) -> None:
+    """A chat prefills its new turn, and a question behind the same system prompt itself, far behind the window."""
+    stock = tiny(name)
+    model = twin(stock)
+    remembering(model, max_prefill_tokens=16)
+    inputs, lengths, held = batch([60, 44]), [60, 44], [0, 0]
+    for turn in range(3):
+        with count_tokens(model) as tokens:
+            actual = generate(model, inputs, eos_token_id=None, max_new_tokens=6)
+        assert_as_stock(stock, inputs, actual)
+        assert max(tokens) <= 16
+        assert sum(tokens[:-5]) == sum(lengths) - sum(map(full, held))
+        held = [length + 5 for length in lengths]
+        inputs, lengths = more(inputs, actual, 7, seed=turn), [length + 13 for length in lengths]
+    system = batch([50], seed=9)["input_ids"]
+    for seed, saved in ((1, 0), (2, full(50))):
+        ids = torch.cat([system, batch([40], seed=seed)["input_ids"]], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with count_tokens(model) as tokens:
+            actual = generate(model, inputs, eos_token_id=None, max_new_tokens=6)
+        assert_as_stock(stock, inputs, actual)
+        assert sum(tokens[:-5]) == 90 - saved
+
+
+def test_a_pass_that_fails_leaves_what_was_remembered_of_those_before_it() -> None:
+    stock = tiny("qwen2-sliding")
+    model = twin(stock)
+    handle = remembering(model, max_prefill_tokens=16)
+    inputs = batch([60])
+    embedding, passes = model.get_input_embeddings(), []
+    embed = embedding.forward
+
+    def fail(ids: Tensor) -> Tensor:
+        passes.append(ids.numel())
+        if len(passes) == 3:
+            raise KeyError("third pass")
+        return embed(ids)
+
+    with mock.patch.object(embedding, "forward", fail), pytest.raises(KeyError, match="third pass"):
+        generate(model, inputs)
+    stats = handle.stats()
+    assert stats.blocks_used == stats.blocks_cached
+    with count_tokens(model) as tokens:
+        actual = generate(model, inputs, eos_token_id=None, max_new_tokens=6)
+    assert sum(tokens[:-5]) == 60 - 2 * 16
+    assert_as_stock(stock, inputs, actual)
 
 
 @pytest.mark.parametrize("length", [16, 17, 19, 20])

@@ -24,9 +24,14 @@ def run_behind_prefixes(
     """
     prefixes = cache.state.prefixes
     assert prefixes is not None
+
+    def remember_what_leaves_the_window() -> None:
+        if any(key.sliding_window for key in cache.state.groups):
+            prefixes.remember(forward.model, cache.state, rows)
+
     try:
         cached = prefixes.adopt(forward.model, cache.state, rows)
-        outputs = run_unpadded(forward, cache, call, inputs, cached)
+        outputs = run_unpadded(forward, cache, call, inputs, cached, remember_what_leaves_the_window)
     except BaseException:
         cache.reset()
         raise

@@ -144,8 +144,10 @@ class RowPrefixes:
 
 def _computed_by(model: nn.Module, state: CacheState) -> list[str]:
     """What keys and values depend on besides tokens and weights."""
-    device_type = next(model.parameters()).device.type
-    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    accelerator = torch.accelerator.current_accelerator()
+    # Where the model computes, its parameters need not be: offloaded ones are on no device in between.
+    device_types = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    autocast = [torch.is_autocast_enabled(each) and torch.get_autocast_dtype(each) for each in device_types]
     return [type(model).__qualname__, str(sorted(state.layers_per_window.items())), str(autocast)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,12 @@ def saves_work(cache: PagedCache, call: Call) -> bool:
 
 
 def run_unpadded(
-    forward: Forward, cache: PagedCache, call: Call, inputs: dict[str, Any], cached: np.ndarray | None = None
+    forward: Forward,
+    cache: PagedCache,
+    call: Call,
+    inputs: dict[str, Any],
+    cached: np.ndarray | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Any:
     """The call over `inputs`, with stock's shapes of outputs: logits and hidden states at pads are zeros.
 
@@ -40,6 +45,7 @@ def run_unpadded(
         inputs: the model's arguments by name.
         cached: int64 `[rows]`, how many of the first tokens of each row the cache holds already; zeros stand in their
             place in the outputs too. None = none.
+        between: called after each pass but the last.
 
     Raises: what `packed_call` raises. The cache is what it was before.
     """
@@ -68,6 +74,8 @@ def run_unpadded(
             done.append((cells, forward.packed(cache, step, grid.take(cells, inputs), keep)))
             if part.forks:
                 cache.state.copy_rows(part.forks)
+            if between is not None and part is not passes[-1]:
+                between()
     return grid.outputs(done, computed_at, shown, kept, last)
 
 
