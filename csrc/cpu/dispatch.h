@@ -7,6 +7,7 @@
 #include "copy_blocks.h"
 #include "gather_cache.h"
 #include "merge_attention_states.h"
+#include "packed_linear.h"
 #include "reshape_and_cache.h"
 #include "rope_and_cache.h"
 
@@ -22,6 +23,7 @@ struct CpuKernels {
   cpu::LoadBlocks* load_blocks;
   cpu::CopyBlock* copy_block;
   cpu::MergeStates* merge_states;
+  cpu::MultiplyPanels* multiply_panels;
 };
 
 // The best set that this machine runs, or the one named by the environment variable TORCH_PAGED_CPU_ISA.

@@ -22,7 +22,15 @@ BUILD = ROOT / "build" / "aarch64"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 PACKAGES = "g++-aarch64-linux-gnu qemu-user-static"
 
-KERNELS = ["attention", "copy_blocks", "gather_cache", "merge_attention_states", "reshape_and_cache", "rope_and_cache"]
+KERNELS = [
+    "attention",
+    "copy_blocks",
+    "gather_cache",
+    "merge_attention_states",
+    "packed_linear",
+    "reshape_and_cache",
+    "rope_and_cache",
+]
 TESTS = [f"tests/ops/test_{name}.py" for name in [*KERNELS, "attention_rejects", "swap_blocks"]]
 # A cache of 2^31 elements takes too long from process to process.
 DEFAULT = ["-q", *TESTS, "-k", "not cuda and not beyond_2_to_31"]

@@ -9,7 +9,15 @@ import pytest
 
 from torch_paged import ops
 
-KERNELS = ["attention", "copy_blocks", "gather_cache", "merge_attention_states", "reshape_and_cache", "rope_and_cache"]
+KERNELS = [
+    "attention",
+    "copy_blocks",
+    "gather_cache",
+    "merge_attention_states",
+    "packed_linear",
+    "reshape_and_cache",
+    "rope_and_cache",
+]
 TESTS = [str(Path(__file__).with_name(f"test_{name}.py")) for name in KERNELS]
 # The process's own choice runs in those files themselves.
 OTHERS = [name for name in ops.cpu_instruction_sets() if name != ops.cpu_instruction_set()]

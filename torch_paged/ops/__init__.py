@@ -8,6 +8,7 @@ from torch_paged.ops.copy_blocks import copy_blocks
 from torch_paged.ops.cpu_instruction_set import cpu_instruction_set, cpu_instruction_sets
 from torch_paged.ops.gather_cache import gather_cache
 from torch_paged.ops.merge_attention_states import merge_attention_states
+from torch_paged.ops.packed_linear import pack_linear_weight, packed_linear
 from torch_paged.ops.reshape_and_cache import reshape_and_cache
 from torch_paged.ops.rope_and_cache import rope_and_cache
 from torch_paged.ops.swap_blocks import swap_blocks
@@ -24,6 +25,8 @@ __all__ = [
     "empty_cache",
     "gather_cache",
     "merge_attention_states",
+    "pack_linear_weight",
+    "packed_linear",
     "reshape_and_cache",
     "rope_and_cache",
     "swap_blocks",
