@@ -22,7 +22,7 @@ from torch_paged.hf.many.prepare import prepare
 from torch_paged.hf.many.request import FinishReason, GenerationRequest, GenerationResult, NewTokens
 from torch_paged.hf.many.room import Room
 from torch_paged.hf.many.rows import Rows
-from torch_paged.hf.many.select import Ask, kind, select
+from torch_paged.hf.many.select import Ask, kind, select, stops
 from torch_paged.hf.many.sequence import Sequence
 from torch_paged.hf.many.stats import Counts, now
 from torch_paged.hf.many.waiting import Waiting
@@ -281,20 +281,21 @@ class Engine:
 
     def _choose(self, asks: list[Ask], places: Ints, logits: Tensor, drafts: dict[int, Ints]) -> None:
         rows = self._rows
-        chosen, errors = select(asks, [ask.sequence.kind for ask in asks], logits)
-        for number, error in errors.items():
+        chosen = select(asks, [ask.sequence.kind for ask in asks], logits)
+        for number, error in chosen.errors.items():
             self._end(asks[number].sequence, "error", error)
-        fine = np.array([number for number in range(len(asks)) if number not in errors], dtype=np.int64)
+        fine = np.array([number for number in range(len(asks)) if number not in chosen.errors], dtype=np.int64)
         firsts = np.array([ask.first for ask in asks], dtype=np.int64)[fine]
         places = places[fine]
         single = np.array([row not in drafts for row in places.tolist()], dtype=np.bool_)
         told: dict[int, Ints] = {}
-        rows.append(places[single], chosen[firsts[single]])
+        rows.append(places[single], chosen.tokens[firsts[single]])
         for row, first in zip(places[~single].tolist(), firsts[~single].tolist(), strict=True):
-            told[row] = self._accept(row, drafts[row], chosen[first : first + 1 + len(drafts[row])])
+            told[row] = self._accept(row, drafts[row], chosen.tokens[first : first + 1 + len(drafts[row])])
         self._drop_drafts()
         self._tell(places, told)
-        self._end_those_done(places)
+        stopped = dict(zip(places.tolist(), chosen.stops[fine].tolist(), strict=True))
+        self._end_those_done(places, stopped | self._stop_after(list(told)))
 
     def _accept(self, row: int, draft: Ints, chosen: Ints) -> Ints:
         """Tokens of a draft that the model chose too, and the one it chose after them."""
@@ -338,25 +339,25 @@ class Engine:
                 except Exception as error:
                     self._end(sequence, "error", error)
 
-    def _end_those_done(self, places: Ints) -> None:
-        rows = self._rows
-        by_eos, by_length = rows.ends(places)
-        for row, eos, length in zip(places.tolist(), by_eos.tolist(), by_length.tolist(), strict=True):
-            sequence = rows.sequences[row]
-            if sequence is None:
+    def _stop_after(self, rows: list[int]) -> dict[int, bool]:
+        """Which of these rows, that had drafts, their stopping criteria end; the host waits once for all."""
+        said: dict[int, Tensor] = {}
+        for row in rows:
+            sequence = self._rows.sequences[row]
+            if sequence is None or sequence.prepared is None or not sequence.prepared.criteria:
                 continue
-            assert sequence.prepared is not None
+            ids = torch.from_numpy(self._rows.of_row(row).copy()).to(self._batch.model.device)
             try:
-                if sequence.prepared.criteria:
-                    ids = torch.from_numpy(rows.of_row(row).copy()).to(self._batch.model.device)[None]
-                    scores = tuple(sequence.scores) if sequence.prepared.keeps[0] else None
-                    stop = bool(sequence.prepared.criteria(ids, scores).any())
-                else:
-                    stop = False
+                said[row] = stops(sequence, ids)
             except Exception as error:
                 self._end(sequence, "error", error)
-                continue
-            if eos or length or stop:
+        return dict(zip(said, torch.stack(list(said.values())).tolist(), strict=True)) if said else {}
+
+    def _end_those_done(self, places: Ints, stopped: dict[int, bool]) -> None:
+        by_eos, by_length = self._rows.ends(places)
+        for row, eos, length in zip(places.tolist(), by_eos.tolist(), by_length.tolist(), strict=True):
+            sequence = self._rows.sequences[row]
+            if sequence is not None and (eos or length or stopped[row]):
                 self._end(sequence, "eos" if eos else "length" if length else "stop")
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:

@@ -44,6 +44,22 @@ class Ask:
     count: int
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Tokens and what is known of their sequences.
+
+    Attributes:
+        tokens: int64 `[n]`, after all logits.
+        stops: bool by ask, whether a stopping criterion says so; False for those with a draft, of which only the caller
+            knows how many tokens stay.
+        errors: what was raised, by the index of the ask.
+    """
+
+    tokens: np.ndarray
+    stops: np.ndarray
+    errors: dict[int, Exception]
+
+
 def kind(sequence: Sequence) -> Hashable:
     """Sequences of the same kind are chosen for in one go; None = by itself. To be kept with the sequence."""
     prepared = sequence.prepared
@@ -58,8 +74,8 @@ def kind(sequence: Sequence) -> Hashable:
     return "sample", *parts
 
 
-def select(asks: list[Ask], kinds: list[Hashable], logits: Tensor) -> tuple[np.ndarray, dict[int, Exception]]:
-    """Tokens chosen from all logits, int64 `[n]`, and what was raised, by the index of the ask.
+def select(asks: list[Ask], kinds: list[Hashable], logits: Tensor) -> Chosen:
+    """Choose tokens from all logits; the host waits once for all there is to know.
 
     Args:
         asks: in the order of their logits.
@@ -69,11 +85,39 @@ def select(asks: list[Ask], kinds: list[Hashable], logits: Tensor) -> tuple[np.n
     Every token of a draft is chosen anew from what the model says after the tokens before it.
     """
     errors: dict[int, Exception] = {}
+    chosen = _tokens(asks, kinds, logits, errors)
+    stopped: dict[int, Tensor] = {}
+    for number, ask in enumerate(asks):
+        assert ask.sequence.prepared is not None
+        if ask.sequence.prepared.criteria and ask.count == 1 and number not in errors:
+            before = torch.from_numpy(ask.tokens).to(chosen.device)
+            try:
+                stopped[number] = stops(ask.sequence, torch.cat([before, chosen[ask.first : ask.first + 1]]))
+            except Exception as error:
+                errors[number] = error
+    known = np.zeros(len(asks), dtype=np.bool_)
+    if not stopped:
+        return Chosen(chosen.cpu().numpy(), known, errors)
+    both = torch.cat([chosen, torch.stack(list(stopped.values())).to(chosen)]).cpu().numpy()
+    known[list(stopped)] = both[len(chosen) :]
+    return Chosen(both[: len(chosen)], known, errors)
+
+
+def stops(sequence: Sequence, ids: Tensor) -> Tensor:
+    """What its stopping criteria say of its tokens, int64 `[tokens]`: bool `[]`."""
+    prepared = sequence.prepared
+    assert prepared is not None
+    scores: Any = tuple(sequence.scores) if prepared.keeps[0] else None
+    said: Tensor = prepared.criteria(ids[None], scores).any()
+    return said
+
+
+def _tokens(asks: list[Ask], kinds: list[Hashable], logits: Tensor, errors: dict[int, Exception]) -> Tensor:
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
     for number, key in enumerate(kinds):
         groups[(number,) if key is None or (key != _PLAIN and asks[number].count > 1) else key].append(number)
     if set(groups) == {_PLAIN}:
-        return logits.argmax(dim=-1).cpu().numpy(), errors
+        return logits.argmax(dim=-1)
     chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     for key, numbers in groups.items():
         if key == _PLAIN:
@@ -89,7 +133,7 @@ def select(asks: list[Ask], kinds: list[Hashable], logits: Tensor) -> tuple[np.n
                 chosen[span] = _one(ask, logits[span])
             except Exception as error:
                 errors[numbers[0]] = error
-    return chosen.cpu().numpy(), errors
+    return chosen
 
 
 def _one(ask: Ask, logits: Tensor) -> Tensor:
