@@ -56,6 +56,12 @@ def test_kernels_are_registered(op):
     assert has_kernel(f"paged::{op}", "CUDA") == bool(INFO["cuda_architectures"])
 
 
+@pytest.mark.parametrize("op", ("_device_page_bytes", "_reserve_on_device", "_map_pages", "_unmap_pages"))
+def test_the_device_s_memory_is_registered(op):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"paged::{op}", "CUDA")
+    assert has_kernel == bool(INFO["cuda_architectures"])
+
+
 def test_objects_of_an_instruction_set_share_no_code():
     """A weak function compiled for AVX-512 could be the copy the linker keeps, and crash an older machine."""
     objects = [o for name in INFO["cpu_instruction_sets"] for o in (BUILD / "cpu").glob(f"*.{name}.o")]

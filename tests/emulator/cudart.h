@@ -1,7 +1,12 @@
 // What the stand-in for the CUDA runtime calls back.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 
 // `fat_binary` holds the PTX of `kernel`; returns 0, or anything else where the launch failed.
 using LaunchCallback = int (*)(const void* fat_binary, const char* kernel, const unsigned* grid, const unsigned* block,
                                size_t dynamic_shared, void** arguments);
+
+// How many pieces of work were put on streams, and how many of them the host has waited for.
+int64_t& work_launched();
+int64_t& work_finished();

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import torch_paged.memory.device_reservation
 import torch_paged.ops
+from tests.emulator.device_memory import DeviceMemory
 from tests.emulator.fat_binary import ptx_of
 from tests.emulator.findings import Finding
 from tests.emulator.launch import Emulator
@@ -28,6 +30,8 @@ from tests.emulator.traffic import Traffic
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emulated"
 NAMESPACE = "paged_emulated"
+# Of torch_paged.memory: they launch nothing.
+MEMORY_OPS = ("_device_page_bytes", "_reserve_on_device", "_map_pages", "_unmap_pages")
 NO_NVCC = "nvcc, which compiles the kernels to PTX, is not on PATH; install the CUDA toolkit's nvcc to run this"
 
 _UINT3 = ctypes.POINTER(ctypes.c_uint * 3)
@@ -65,6 +69,7 @@ class EmulatedOps:
         self._callbacks = _Launch(self._launch), _Allocation(self._allocated)
         self._library.emulate_launches(self._callbacks[0])
         self._library.emulate_allocations(self._callbacks[1])
+        self.device_memory = DeviceMemory(self._library)
         self._definitions = torch.library.Library(NAMESPACE, "DEF")
         self.names = self._define_ops()
         self._emulators: dict[int, Emulator] = {}
@@ -77,7 +82,7 @@ class EmulatedOps:
     def _define_ops(self) -> list[str]:
         """Define the ops of `torch.ops.paged` in the emulator's namespace; return those that the library has."""
         names = [name for name in torch_paged.ops.__all__ if hasattr(torch.ops.paged, name)]
-        for name in names:
+        for name in (*names, *MEMORY_OPS):
             schema = str(getattr(torch.ops.paged, name).default._schema)
             self._definitions.define(schema.replace("paged::", "", 1))
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -105,7 +110,9 @@ class EmulatedOps:
                 result = getattr(getattr(torch.ops, NAMESPACE), op)(*arguments, **options)
             except RuntimeError:
                 if self._error is not None:
-                    raise self._error from None
+                    # Not kept: its traceback holds the tensors of the call.
+                    error, self._error = self._error, None
+                    raise error from None
                 raise
             self._check_written(op, result)
             return result
@@ -120,7 +127,10 @@ class EmulatedOps:
             written = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in _tensors_in(values.get(argument.name)):
                 storage = tensor.untyped_storage()
-                self.memory.add(argument.name, storage.data_ptr(), storage.nbytes(), writable=written)
+                first, size = storage.data_ptr(), storage.nbytes()
+                runs = self.device_memory.mapped(first, size)
+                for begin, end in [(first, first + size)] if runs is None else runs:
+                    self.memory.add(argument.name, begin, end - begin, writable=written)
         try:
             yield
         finally:
@@ -185,6 +195,8 @@ def emulated(op: str) -> Iterator[EmulatedOps]:
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             for name in ops.names:
                 library.impl(name, functools.partial(ops.call, name), "CPU", allow_override=True)
+            for name in MEMORY_OPS:
+                library.impl(name, getattr(getattr(torch.ops, NAMESPACE), name).default, "CPU")
         yield ops
     finally:
         library._destroy()

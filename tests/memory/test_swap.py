@@ -9,6 +9,8 @@ import torch
 from tests.memory.small_pool import HEAD_DIM, HEADS, small_pool
 from torch_paged.memory import BlockTables, PoolExhausted, PrefixIndex, SwappedRow, block_keys, full_blocks, root_key
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def ints(*values):
     return np.array(values, dtype=np.int64)

@@ -1,6 +1,6 @@
 """Who owns which block: reference counts over block ids, the lowest free ids handed out first."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +23,31 @@ class PoolExhausted(RuntimeError):
         free: blocks that were free.
         used: blocks in use, of all sequences and caches together.
         max_bytes: bytes that blocks may take, `max_memory`; 0 = no bound but the pool's own.
+        device_full: the device has no memory left, less than `max_memory` though blocks take.
     """
 
-    def __init__(self, needed: int, free: int, used: int = 0, max_bytes: int = 0) -> None:
+    def __init__(self, needed: int, free: int, used: int = 0, max_bytes: int = 0, device_full: bool = False) -> None:
         bound = f" (now {max_bytes:,} bytes)" if max_bytes else ""
+        remedy = "free memory on the device, which has none left" if device_full else f"raise max_memory{bound}"
         super().__init__(
-            f"out of KV blocks: {needed} needed, {free} free, {used} in use; raise max_memory{bound}, run fewer or "
+            f"out of KV blocks: {needed} needed, {free} free, {used} in use; {remedy}, run fewer or "
             "shorter sequences at once, or delete the past_key_values that earlier calls returned"
         )
         self.needed, self.free, self.used, self.max_bytes = needed, free, used, max_bytes
+        self.device_full = device_full
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.needed, self.free, self.used, self.max_bytes)
+        return type(self), (self.needed, self.free, self.used, self.max_bytes, self.device_full)
+
+
+class Backing(Protocol):
+    """What puts memory behind blocks, as they come into use."""
+
+    def commit(self, blocks: Ids) -> bool:
+        """Put memory behind free blocks, int64 `[n]` ascending; False, and nothing changed, where none is left."""
+
+    def committed(self) -> NDArray[np.bool_]:
+        """bool `[num_blocks]`: which blocks have memory."""
 
 
 class BlockAllocator:
@@ -44,6 +57,7 @@ class BlockAllocator:
         num_blocks: how many ids there are.
         budget: where the bytes of used blocks are charged, shared with other allocators; None = unlimited.
         block_bytes: bytes of one block, charged per used block.
+        memory: puts memory behind blocks before they are handed out; None = they always have it.
 
     Attributes:
         num_blocks: as given.
@@ -55,12 +69,19 @@ class BlockAllocator:
     Methods are not synchronised: callers hold the pool's lock.
     """
 
-    def __init__(self, num_blocks: int, budget: MemoryBudget | None = None, block_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        budget: MemoryBudget | None = None,
+        block_bytes: int = 0,
+        memory: Backing | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.ref_counts: NDArray[np.int32] = np.zeros(num_blocks, dtype=np.int32)
         self.num_used = self.num_shared = self.peak_used = self.peak_shared = 0
         self._budget = budget
         self._block_bytes = block_bytes
+        self._memory = memory
         self._lowest = 0  # no id below is free
         self._touched = 0  # no id from here on was handed out since the last take_free_runs
         self._last_index: Ids = np.empty(num_blocks, dtype=np.int64)  # scratch of _distinct
@@ -76,6 +97,8 @@ class BlockAllocator:
     def allocate(self, n: int, releasing: SomeIds = NO_IDS) -> Ids:
         """Take the `n` lowest free blocks, each with one reference, after `release(releasing)`.
 
+        Where no memory is left for them, the lowest of those that have some.
+
         Returns:
             int64 `[n]`, ascending.
 
@@ -86,20 +109,22 @@ class BlockAllocator:
         if n < 0:
             raise ValueError(f"n: {n}; must be at least 0")
         self.release(releasing)
-        if n > self.num_free and self._budget is not None and self._budget.prefix_index is not None:
-            self._budget.prefix_index.evict(self, n)
-        free, used = self.num_free, self.num_used
-        if n > free:
+        try:
+            self._require_free(n)
+            if n == 0:
+                return NO_IDS
+            ids = self._lowest_free(n)
+            if self._memory is None or self._memory.commit(ids):
+                self._lowest = int(ids[-1]) + 1
+            else:
+                ids = self._lowest_with_memory(n, self._memory)
+        except BaseException:
             self._count(*self._shift(releasing, NO_IDS)[1:])  # undo
-            raise PoolExhausted(n, free, used, 0 if self._budget is None else self._budget.max_bytes)
-        if n == 0:
-            return NO_IDS
-        ids = self._lowest_free(n)
+            raise
         before = self.ref_counts[ids]
         self.ref_counts[ids] = 1
         self._count(before, self.ref_counts[ids])
-        self._lowest = int(ids[-1]) + 1
-        self._touched = max(self._touched, self._lowest)
+        self._touched = max(self._touched, int(ids[-1]) + 1)
         return ids
 
     def retain(self, ids: SomeIds) -> None:
@@ -153,6 +178,30 @@ class BlockAllocator:
     def reset_peak(self) -> None:
         """Let the peaks start again from what is used and shared now."""
         self.peak_used, self.peak_shared = self.num_used, self.num_shared
+
+    def _require_free(self, n: int) -> None:
+        if n > self.num_free and self._budget is not None and self._budget.prefix_index is not None:
+            self._budget.prefix_index.evict(self, n)
+        if n > self.num_free:
+            raise self._exhausted(n, self.num_free)
+
+    def _exhausted(self, needed: int, free: int) -> PoolExhausted:
+        budget = self._budget
+        if budget is None:
+            return PoolExhausted(needed, free, self.num_used)
+        return PoolExhausted(needed, free, self.num_used, budget.max_bytes, budget.device_full)
+
+    def _lowest_with_memory(self, n: int, memory: Backing) -> Ids:
+        """Free blocks, once the device has no memory for more of them."""
+        free = (self.ref_counts == 0) & memory.committed()
+        if self._budget is not None:
+            self._budget.limit_to(self._budget.used_bytes + int(np.count_nonzero(free)) * self._block_bytes)
+            self._require_free(n)  # what prefixes held has memory
+            free = (self.ref_counts == 0) & memory.committed()
+        ids: Ids = np.flatnonzero(free)[:n]
+        if len(ids) < n:
+            raise self._exhausted(n, len(ids))
+        return ids
 
     def _lowest_free(self, n: int) -> Ids:
         found, missing, start, span = [], n, self._lowest, n + _SCAN

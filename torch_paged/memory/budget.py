@@ -33,6 +33,7 @@ class MemoryBudget:
     Attributes:
         lock: held around every edit of a table, an allocator or this budget.
         used_bytes: bytes of the blocks in use.
+        device_full: the device has no memory for as much as `max_bytes`.
         prefix_index: of the pools; gives up cached blocks before one of them is exhausted. None = nothing is cached.
 
     Raises:
@@ -45,6 +46,7 @@ class MemoryBudget:
     ) -> None:
         self.lock = lock or threading.RLock()
         self.used_bytes = 0
+        self._device_bytes: int | None = None
         self.prefix_index: PrefixIndex | None = None
         self._device = device
         self._limit = parse_max_memory(max_memory)
@@ -61,7 +63,16 @@ class MemoryBudget:
     @property
     def free_bytes(self) -> int:
         """Bytes that are still to be had."""
-        return self.max_bytes - self.used_bytes
+        most = self.max_bytes if self._device_bytes is None else min(self.max_bytes, self._device_bytes)
+        return most - self.used_bytes
+
+    @property
+    def device_full(self) -> bool:
+        return self._device_bytes is not None
+
+    def limit_to(self, nbytes: int | None) -> None:
+        """Have `nbytes` in use at most, as the device has no memory left for more; None = `max_bytes` again."""
+        self._device_bytes = nbytes
 
     def charge(self, nbytes: int) -> None:
         """Take `nbytes`; negative = give them back."""

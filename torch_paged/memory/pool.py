@@ -8,13 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_paged.memory.allocator import BlockAllocator, Ids
+from torch_paged.memory.block_memory import BlockLayout, block_memory
 from torch_paged.memory.budget import MemoryBudget
-from torch_paged.memory.reservation import release_pages, reserve
 from torch_paged.memory.stats import PoolStats
 from torch_paged.memory.tables import BlockTables
 from torch_paged.ops import cache_view, copy_blocks, swap_blocks
 from torch_paged.ops.cache_layout import check_block_size
-from torch_paged.ops.huge_pages import prefer_huge_pages
 
 # Each layer's keys and values begin on a boundary of this many bytes: the largest page of the common systems.
 _PAGE = 65536
@@ -25,8 +24,10 @@ _MAX_BLOCKS = 2**31 - 1
 class Pool:
     """Key and value caches of `num_layers` layers, layer-major, and the allocator of their blocks.
 
-    A block id means the same block in every layer of the group. The memory is reserved with the first layer; on the
-    CPU it is committed as blocks are written and given back by `trim`. Addresses never change.
+    A block id means the same block in every layer of the group. The addresses are reserved with the first layer and
+    never change. Memory comes to them as blocks are written on the CPU, as blocks come into use on CUDA, and is given
+    back by `trim`. On other devices, and where the CUDA driver has no virtual memory management, all of it is there
+    from the first layer on.
 
     Args:
         num_layers: layers of the group.
@@ -150,15 +151,15 @@ class Pool:
         swap_blocks(saved, [*self._key_caches, *self._value_caches], mapping)
 
     def trim(self) -> None:
-        """Give the memory of free blocks back to the system; nothing moves. Other devices than the CPU keep theirs."""
+        """Give the memory of free blocks back to the system or the device; nothing moves.
+
+        On CUDA this waits for the device where there is something to give back.
+        """
         with self.lock:
             self.budget.settle()
-            if self._allocator is None or self.device.type != "cpu":
-                return
-            runs = self._allocator.take_free_runs()
-            if len(runs):
-                ranges = self._starts[:, None, None] + runs * self._block_bytes[:, None, None]
-                release_pages(self._storage, torch.from_numpy(ranges.reshape(-1, 2)))
+            if self._allocator is not None:
+                self._memory.trim(self._allocator)
+                self.budget.limit_to(None)
 
     def stats(self) -> PoolStats:
         """What the pool holds now."""
@@ -218,24 +219,17 @@ class Pool:
 
         cache_bytes = [-(-num_blocks * n // _PAGE) * _PAGE for n in block_bytes]
         starts = np.cumsum([0] + cache_bytes * self.num_layers)
+        layout = BlockLayout(num_blocks, starts[:-1], np.array(block_bytes * self.num_layers), int(starts[-1]))
         # Outside of inference mode, so that the caches may be written in it and out of it.
         with torch.inference_mode(False):
-            self._storage = (
-                reserve(int(starts[-1]))
-                if self.device.type == "cpu"
-                else torch.empty(int(starts[-1]), dtype=torch.uint8, device=self.device)
-            )
-            for start, nbytes in zip(starts[:-1].tolist(), cache_bytes * self.num_layers, strict=True):
-                prefer_huge_pages(self._storage, start, start + nbytes)
+            self._memory = block_memory(layout, self.device)
             caches = [
-                cache_view(self._storage[start:], num_blocks, self.block_size, heads, dim, key.dtype)
-                for start, dim in zip(starts[:-1].tolist(), dims * self.num_layers, strict=True)
+                cache_view(self._memory.storage[start:], num_blocks, self.block_size, heads, dim, key.dtype)
+                for start, dim in zip(layout.starts.tolist(), dims * self.num_layers, strict=True)
             ]
         self._key_caches, self._value_caches = caches[::2], caches[1::2]
-        self._starts = starts[:-1]
-        self._block_bytes = np.array(block_bytes * self.num_layers)
         self._bytes = total
-        self._allocator = BlockAllocator(num_blocks, self.budget, total)
+        self._allocator = BlockAllocator(num_blocks, self.budget, total, self._memory)
 
 
 def _words(layout: tuple[object, ...]) -> str:
