@@ -55,6 +55,26 @@ PAGED_INLINE void store_as(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 PAGED_INLINE Vec load(const float* from) { return load_as<Vec>(from); }
+
+// The first half of the vector from a, the second from b.
+template <int bytes>
+struct Shorts {
+  typedef uint16_t Vector __attribute__((vector_size(bytes)));
+};
+template <class V, int... part>
+PAGED_INLINE V join(const void* a, const void* b, std::integer_sequence<int, part...>) {
+  using Half = typename Shorts<sizeof(V) / 2>::Vector;
+  return (V)__builtin_shufflevector(load_as<Half>(a), load_as<Half>(b), part...);
+}
+template <class V>
+PAGED_INLINE V join(const void* a, const void* b) {
+#if defined(__AVX512F__)
+  // With its operand in memory the instruction is no shuffle; the compiler's own choice is one.
+  if constexpr (sizeof(V) == 64)
+    return (V)_mm512_inserti64x4(_mm512_castsi256_si512(load_as<__m256i>(a)), load_as<__m256i>(b), 1);
+#endif
+  return join<V>(a, b, std::make_integer_sequence<int, sizeof(V) / 2>{});
+}
 PAGED_INLINE void store(float* to, Vec v) { store_as(to, v); }
 PAGED_INLINE Vec splat(float x) { return x - Vec{}; }
 PAGED_INLINE IntVec splat(int32_t x) { return x - IntVec{}; }
@@ -72,22 +92,20 @@ PAGED_INLINE IntVec lane_numbers(std::integer_sequence<int, lane...>) {
 PAGED_INLINE IntVec lane_numbers() { return lane_numbers(std::make_integer_sequence<int, kLanes>{}); }
 
 #if defined(__AVX512F__)
-PAGED_INLINE Vec widen(const Float16* from) {
-  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
-}
+PAGED_INLINE Vec widen(ShortVec halves) { return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves); }
 PAGED_INLINE void narrow(Float16* to, Vec v) {
   _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
 }
 #elif defined(__F16C__)
 typedef short Halves __attribute__((vector_size(16)));
-PAGED_INLINE Vec widen(const Float16* from) { return (Vec)__builtin_ia32_vcvtph2ps256(load_as<Halves>(from)); }
+PAGED_INLINE Vec widen(ShortVec halves) { return (Vec)__builtin_ia32_vcvtph2ps256((Halves)halves); }
 PAGED_INLINE void narrow(Float16* to, Vec v) { store_as(to, __builtin_ia32_vcvtps2ph256(v, 0)); }
 #elif defined(__aarch64__)
-PAGED_INLINE Vec widen(const Float16* from) { return (Vec)vcvt_f32_f16(vld1_f16((const __fp16*)from)); }
+PAGED_INLINE Vec widen(ShortVec halves) { return (Vec)vcvt_f32_f16((float16x4_t)halves); }
 PAGED_INLINE void narrow(Float16* to, Vec v) { vst1_f16((__fp16*)to, vcvt_f16_f32((float32x4_t)v)); }
 #else
-PAGED_INLINE Vec widen(const Float16* from) {
-  const BitVec half = __builtin_convertvector(load_as<ShortVec>(from), BitVec);
+PAGED_INLINE Vec widen(ShortVec halves) {
+  const BitVec half = __builtin_convertvector(halves, BitVec);
   // Exponent and mantissa in place, the bias put right by a multiplication, which normalises denormals too.
   const Vec magnitude = (Vec)((half & 0x7fff) << 13) * splat(0x1p112f);
   const BitVec infinite = (BitVec)(magnitude >= splat(65536.0f)) & 0x7f800000;
@@ -113,11 +131,20 @@ struct Chunk {
 };
 
 PAGED_INLINE Chunk load_chunk(const float* from) { return {load(from), load(from + kLanes)}; }
-PAGED_INLINE Chunk load_chunk(const Float16* from) { return {widen(from), widen(from + kLanes)}; }
-PAGED_INLINE Chunk load_chunk(const BFloat16* from) {
-  const BitVec pairs = load_as<BitVec>(from);
-  return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000)};
+PAGED_INLINE Chunk load_chunk(const Float16* from) {
+  return {widen(load_as<ShortVec>(from)), widen(load_as<ShortVec>(from + kLanes))};
 }
+PAGED_INLINE Chunk split(BitVec pairs) { return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000)}; }
+PAGED_INLINE Chunk load_chunk(const BFloat16* from) { return split(load_as<BitVec>(from)); }
+
+// kLanes elements of two rows: each vector holds elements of a in its first half, the same ones of b in its second.
+PAGED_INLINE Chunk load_halves(const float* a, const float* b) {
+  return {join<Vec>(a, b), join<Vec>(a + kLanes / 2, b + kLanes / 2)};
+}
+PAGED_INLINE Chunk load_halves(const Float16* a, const Float16* b) {
+  return {widen(join<ShortVec>(a, b)), widen(join<ShortVec>(a + kLanes / 2, b + kLanes / 2))};
+}
+PAGED_INLINE Chunk load_halves(const BFloat16* a, const BFloat16* b) { return split(join<BitVec>(a, b)); }
 
 // The upper half of each lane is the bfloat16 nearest to the float.
 PAGED_INLINE BitVec round_to_bfloat16(Vec v) {
@@ -161,28 +188,34 @@ PAGED_INLINE void store_chunk(T* to, Chunk c, int64_t count) {
   std::memcpy(to, padded, count * sizeof(T));
 }
 
-template <int stride, int... lane>
-PAGED_INLINE Vec add_interleaved(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+// Lane i of the result is lane `lane[i]` of a; lanes of b count from kLanes on.
+template <int... lane>
+PAGED_INLINE Vec pick(Vec a, Vec b) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (lane & stride ? kLanes + lane - stride : lane)...) +
-         __builtin_shufflevector(a, b, (lane & stride ? kLanes + lane : lane + stride)...);
+  return __builtin_shufflevector(a, b, lane...);
 #else
-  return __builtin_shuffle(a, b, IntVec{(lane & stride ? kLanes + lane - stride : lane)...}) +
-         __builtin_shuffle(a, b, IntVec{(lane & stride ? kLanes + lane : lane + stride)...});
+  return __builtin_shuffle(a, b, IntVec{lane...});
 #endif
 }
 
-// Lane i of the result is the sum of the lanes of v[i].
-template <int stride = 1>
+template <int stride, int... lane>
+PAGED_INLINE Vec add_interleaved(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+  return pick<(lane & stride ? kLanes + lane - stride : lane)...>(a, b) +
+         pick<(lane & stride ? kLanes + lane : lane + stride)...>(a, b);
+}
+
+// Lane i of the result is the sum of v[i % (kLanes / parts)] over that one of its `parts` which lane i lies in.
+template <int parts, int stride = 1>
 PAGED_INLINE Vec sums(const Vec* v) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
-  if constexpr (stride * 2 == kLanes) {
-    return add_interleaved<stride>(v[0], v[1], lanes);
+  constexpr int count = kLanes / stride / parts;
+  if constexpr (count == 1) {
+    return v[0];
   } else {
-    Vec half[kLanes / stride / 2];
+    Vec added[count / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < kLanes / stride / 2; ++i) half[i] = add_interleaved<stride>(v[2 * i], v[2 * i + 1], lanes);
-    return sums<stride * 2>(half);
+    for (int i = 0; i < count / 2; ++i)
+      added[i] = add_interleaved<stride>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+    return sums<parts, stride * 2>(added);
   }
 }
 
