@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
-from torch_paged.cli.bench import attention_ways, flex
+from torch_paged.cli.bench import attention_ways, flex, timing
 from torch_paged.cli.bench import limits as limits_module
 from torch_paged.cli.bench.attention_ways import Inputs
 from torch_paged.cli.bench.cases import DEFAULT_CASES, Case, Group, parse_case
@@ -191,8 +191,24 @@ def test_ways_that_run_after_one_another_read_other_layers():
 def test_ways_alternate():
     calls = []
     timings = alternate({"a": lambda n: calls.append(f"a{n}"), "b": lambda n: calls.append(f"b{n}")}, rounds=2)
-    assert calls == ["a-1", "b-1", "a0", "b0", "a1", "b1"]
+    assert calls == ["a0", "b0", "a1", "b1", "a2", "b2"]
     assert set(timings) == {"a", "b"}
+
+
+def test_the_first_calls_of_a_turn_are_not_timed(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def way(name, *seconds):
+        def call(number):
+            calls.append(name)
+            now[0] += seconds[number % len(seconds)]
+
+        return call
+
+    timings = alternate({"slow at first": way("a", 1, 1, 3, 2), "long": way("b", 7)}, rounds=1, settling_s=2)
+    assert "".join(calls) == "aab" + "aabb"
+    assert timings == {"slow at first": Timing(2, 2, 2), "long": Timing(7, 7, 7)}
 
 
 def test_flops_and_bytes_of_a_case():

@@ -90,7 +90,7 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int, 
 
     new = torch.empty(batch, 1, 1, HEAD_DIM)
     step(context, context)
-    return alternate({"step": lambda number: step(context + number + 2, 1)}, rounds=steps)["step"]
+    return alternate({"step": lambda number: step(context + number + 1, 1)}, rounds=steps)["step"]
 
 
 def refuse(support: "Support") -> NoReturn:

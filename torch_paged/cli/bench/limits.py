@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from torch_paged.cli.bench.last_level_cache import last_level_cache_bytes
-from torch_paged.cli.bench.timing import Timing, alternate
+from torch_paged.cli.bench.timing import SETTLING_S, Timing, alternate
 
 # A working set this many times as large as the last-level cache is read from memory, as a model's layers are.
 CACHE_MULTIPLE = 4
@@ -69,10 +69,10 @@ class Limits:
                 self.flop_per_s[dtype] = max(self.flop_per_s.get(dtype, 0.0), rate)
 
     def probe_reading(self, rounds: int) -> None:
-        self.learn(alternate(self.read_probes(), rounds), torch.float32)
+        self.learn(alternate(self.read_probes(), rounds, settling_s=SETTLING_S), torch.float32)
 
     def probe_multiplying(self, dtype: torch.dtype, rounds: int) -> None:
-        self.learn(alternate(self.matmul_probes(dtype), rounds), dtype)
+        self.learn(alternate(self.matmul_probes(dtype), rounds, settling_s=SETTLING_S), dtype)
 
 
 def _runs(probe: Callable[[int], object]) -> bool:

@@ -16,7 +16,7 @@ from torch_paged.cli.bench.limits import CACHE_MULTIPLE, Limits
 from torch_paged.cli.bench.ops_result import Result, limit_notes, panels, table
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
-from torch_paged.cli.bench.timing import alternate
+from torch_paged.cli.bench.timing import SETTLING_S, alternate
 from torch_paged.cli.errors import CommandError
 from torch_paged.cli.report import progress
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pages", action="store_true", help=f"also pages in order, and of {LARGE_BLOCK} tokens, for decode cases"
     )
-    add_common(parser, rounds=10, rounds_help="timed calls of each way")
+    add_common(parser, rounds=10, rounds_help="timed turns of each way")
     parser.set_defaults(run=run)
 
 
@@ -98,7 +98,7 @@ def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, limits: Li
         ways[f"pages of {LARGE_BLOCK}"] = attention_ways.paged(inputs.repaged(LARGE_BLOCK, in_order=False))
     require_agreement(case, ways, dtype)
     probes = limits.read_probes() if case.kind == "decode" else limits.matmul_probes(dtype)
-    timings = alternate({**apart(ways, num_layers), **probes}, args.rounds)
+    timings = alternate({**apart(ways, num_layers), **probes}, args.rounds, settling_s=SETTLING_S)
     limits.learn(timings, dtype)
     return Result(
         case=case,
