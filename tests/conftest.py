@@ -18,7 +18,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of tests/outside: these families, with commas between, or all (default: a handful and some by commit)",
     )
     parser.addoption(
-        "--soak", type=float, default=20, metavar="SECONDS", help="how long random requests run (default: 20)"
+        "--soak", type=float, default=120, metavar="SECONDS", help="how long random requests run, in all (default: 120)"
+    )
+    parser.addoption(
+        "--soak-seed", default="", metavar="SEED", help="of the random requests, as a failure names it (default: HEAD)"
     )
 
 
