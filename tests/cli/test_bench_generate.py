@@ -23,11 +23,17 @@ SIZES = Sizes(
     chat_turns=3,
     chat_user=6,
     chat_answer=5,
+    many_requests=9,
+    many_fit=2,
+    many_prompts=(3, 30),
+    many_wishes=(2, 7),
 )
 SMALL = ("--layers=2", "--hidden=32", "--intermediate=48", "--heads=4", "--kv-heads=2", "--vocabulary=200")
 QUICK = ("--context=20", "--new-tokens=5", "--batch=3", "--beams=3", "--samples=4", "--block-size=4", "--rounds=1")
 CHAT = ("--chat-system=30", "--chat-turns=3", "--chat-user=6", "--chat-answer=5")
 RAGGED = ("--ragged-rows=4", "--ragged-prompts", "3", "30", "--ragged-wishes", "2", "7")
+MANY = ("--many-requests=9", "--many-fit=2", "--many-prompts", "3", "30", "--many-wishes", "2", "7")
+WAYS = ("dynamic", "one-by-one", "static", "paged", "slots", "blocks")
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, float32
 PAGE_BYTES = 256 * TOKEN_BYTES
 
@@ -35,7 +41,7 @@ PAGE_BYTES = 256 * TOKEN_BYTES
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """One run of every case for all tests that read its JSON; continuous batching has a test of its own."""
-    return run_json(tmp_path_factory.mktemp("bench"), "--ways", "dynamic", "one-by-one", "static", "paged")
+    return run_json(tmp_path_factory.mktemp("bench"), "--ways", *WAYS)
 
 
 def run_json(folder, *options):
@@ -43,7 +49,7 @@ def run_json(folder, *options):
 
     torch.set_num_threads(1)
     file = folder / "generate.json"
-    assert main(["bench", "generate", *SMALL, *QUICK, *RAGGED, *CHAT, *options, "--json", str(file)]) == 0
+    assert main(["bench", "generate", *SMALL, *QUICK, *RAGGED, *CHAT, *MANY, *options, "--json", str(file)]) == 0
     return json.loads(file.read_text())
 
 
@@ -55,6 +61,8 @@ def test_every_way_gives_stocks_tokens(report):
     for result in report["results"]:
         ragged = result["case"].startswith("ragged") or result["case"] == "3 x 10-20"
         names = ["DynamicCache", *["DynamicCache, one by one"] * ragged, "StaticCache", "torch_paged"]
+        if "requests" in result["case"]:
+            names = ["generate_many by slots", "generate_many by blocks"]
         assert list(result["ways"]) == names
         for way in result["ways"].values():
             assert way["same_tokens"] is True
@@ -65,7 +73,7 @@ def test_json_names_the_machine_and_every_figure(report):
     assert report["bench"] == "generate" and report["model"].startswith("random 2x32, 4/2 heads")
     assert {"cpu", "cpu_instruction_set", "threads", "torch", "transformers"} <= set(report["environment"])
     assert (report["seed"], report["rounds"], report["block_size"]) == (0, 1, 4)
-    for result in report["results"]:
+    for result in report["results"][:-1]:
         for name, way in result["ways"].items():
             for timing in (way["step"], way["prefill"], way["total"]):
                 assert 0 < timing["min_s"] <= timing["median_s"] <= timing["max_s"]
@@ -111,6 +119,30 @@ def test_kv_bytes_of_ragged_rows_by_hand(report):
     assert found["DynamicCache, one by one"]["peak_kv_bytes"] == max(alone) * TOKEN_BYTES
     blocks = sum(-(-(len(prompt) + wish - 1) // 4) for prompt in case.prompts)
     assert found["torch_paged"]["peak_kv_bytes"] <= blocks * 4 * TOKEN_BYTES
+
+
+def test_requests_that_do_not_fit_all_finish(report):
+    (case,) = cases(["many"], SIZES, 200, 0)
+    result = by_name(report)["many"]
+    found = result["ways"]
+    assert result["new_tokens"] == sum(case.wishes) and result["sequences"] == 9
+    blocks = [-(-(len(prompt) + wish - 1) // 4) for prompt, wish in zip(case.prompts, case.wishes, strict=True)]
+    by_slots, by_blocks = found["generate_many by slots"], found["generate_many by blocks"]
+    # The pool has room for twice the mean.
+    assert by_blocks["peak_kv_bytes"] <= max(-(-2 * sum(blocks) // 9), *blocks) * 4 * TOKEN_BYTES
+    assert by_slots["peak_kv_bytes"] <= sum(sorted(blocks)[-2:]) * 4 * TOKEN_BYTES
+    assert by_slots["prefill_tokens"] == sum(map(len, case.prompts)) == by_blocks["prefill_tokens"]
+    assert by_slots["total_speedup_over_slots"] == 1.0
+    ratio = by_slots["total"]["median_s"] / by_blocks["total"]["median_s"]
+    assert by_blocks["total_speedup_over_slots"] == ratio
+
+
+def test_a_request_that_fails_is_told(run, monkeypatch):
+    from torch_paged.cli.bench import generate_many_ways
+
+    monkeypatch.setattr(generate_many_ways, "pool_bytes", lambda *_: 2 * 4 * TOKEN_BYTES)
+    status, out, _ = run("bench", "generate", *SMALL, *QUICK, *MANY, "--cases", "many")
+    assert status == 0 and "generate_many by blocks: not run, a request did not finish: out of KV blocks" in out
 
 
 def test_continuous_batching_runs_on_this_machine(tmp_path):
@@ -172,11 +204,12 @@ def test_cases_are_what_their_names_say():
     ragged = asked[5]
     assert len(ragged.prompts) == 6 and all(3 <= len(prompt) <= 30 for prompt in ragged.prompts)
     assert all(2 <= wish <= 7 for wish in ragged.wishes) and ragged.useful_tokens == sum(ragged.wishes)
-    assert [case.rows for case in asked] == [1, 2, 3, 2, 3, 6, 3, 4, 1]
-    chat = asked[-1]
+    assert [case.rows for case in asked] == [1, 2, 3, 2, 3, 6, 3, 4, 1, 9]
+    chat = asked[-2]
     assert (len(chat.prompts[0]), [len(turn) for turn in chat.turns], chat.wishes) == (36, [6, 6], [5])
     assert chat.useful_tokens == 15
-    assert [case.is_ragged for case in asked] == [False] * 3 + [True] * 3 + [False] * 3
+    assert [case.is_ragged for case in asked] == [False] * 3 + [True] * 3 + [False] * 3 + [True]
+    assert asked[-1].fit == 2 and asked[-1].shortened(4, 3).fit == 2
     assert all(1 <= token < 50 for case in asked for prompt in case.prompts for token in prompt)
     # A case is the same whichever others are asked for, and another with another seed.
     assert cases(["ragged"], SIZES, 50, 0) == [ragged] != cases(["ragged"], SIZES, 50, 1)

@@ -25,7 +25,11 @@ WAYS = {
     "static": "StaticCache",
     "batch": "generate_batch",
     "paged": "torch_paged",
+    "slots": "generate_many by slots",
+    "blocks": "generate_many by blocks",
 }
+# Those of the case of many requests alone.
+MANY = "slots", "blocks"
 WARM_UP_TOKENS = 8, 3  # of a prompt, and after it
 
 
@@ -56,13 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--chat-turns", type=at_least(1), default=8)
     asked.add_argument("--chat-user", type=at_least(1), default=60, help="tokens of the user's part of a turn")
     asked.add_argument("--chat-answer", type=at_least(1), default=40)
+    asked.add_argument("--many-requests", type=at_least(1), default=64, help="of generate_many")
+    asked.add_argument("--many-fit", type=at_least(1), default=8, help="requests that slots, or blocks, have room for")
+    asked.add_argument("--many-prompts", nargs=2, type=at_least(1), default=[36, 512], metavar=("LEAST", "MOST"))
+    asked.add_argument("--many-wishes", nargs=2, type=at_least(1), default=[17, 60], metavar=("LEAST", "MOST"))
     asked.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=16, help="of torch_paged")
     add_common(parser, rounds=3, rounds_help="calls of each way")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in ("ragged_prompts", "ragged_wishes"):
+    for option in ("ragged_prompts", "ragged_wishes", "many_prompts", "many_wishes"):
         least, most = getattr(args, option)
         if least > most:
             raise CommandError(f"--{option.replace('_', '-')} {least} {most}; the first must be at most the second")
@@ -80,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
         chat_turns=args.chat_turns,
         chat_user=args.chat_user,
         chat_answer=args.chat_answer,
+        many_requests=args.many_requests,
+        many_fit=args.many_fit,
+        many_prompts=(args.many_prompts[0], args.many_prompts[1]),
+        many_wishes=(args.many_wishes[0], args.many_wishes[1]),
     )
     shape = Shape(args.layers, args.hidden, args.intermediate, args.heads, args.kv_heads, args.vocabulary)
     results = [result for dtype in args.dtype for result in measure_all(dtype, shape, sizes, args)]
@@ -126,7 +138,9 @@ def measure(
     from torch_paged.cli.bench.generate_ways import NotPossible
 
     calls = ways(args.block_size)
-    names = [name for name in WAYS if name in args.ways and (name != "one-by-one" or case.is_ragged)]
+    names = [name for name in WAYS if name in args.ways and (name in MANY) == bool(case.fit)]
+    if not case.is_ragged:
+        names = [name for name in names if name != "one-by-one"]
     # generate_batch draws its samples in an order of its own.
     results = {name: WayResult(WAYS[name], draws_alike=name != "batch", batched=name != "one-by-one") for name in names}
     warm_up = case.shortened(*WARM_UP_TOKENS)
@@ -148,7 +162,7 @@ def measure(
 
 
 def ways(block_size: int) -> "dict[str, Way]":
-    from torch_paged.cli.bench import generate_ways
+    from torch_paged.cli.bench import generate_many_ways, generate_ways
     from torch_paged.cli.bench.continuous_batching import continuous_batching
 
     return {
@@ -157,4 +171,6 @@ def ways(block_size: int) -> "dict[str, Way]":
         "static": generate_ways.static,
         "batch": continuous_batching,
         "paged": generate_ways.paged(block_size),
+        "slots": generate_many_ways.slots(block_size),
+        "blocks": generate_many_ways.blocks(block_size),
     }

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-NAMES = ("one", "uniform", "padded", "ragged", "beams", "samples", "chat")
+NAMES = ("one", "uniform", "padded", "ragged", "beams", "samples", "chat", "many")
 
 
 @dataclass(frozen=True)
 class GenerateCase:
-    """One call of generate, or the calls of a chat.
+    """One call of generate, the calls of a chat, or the requests of generate_many.
 
     Attributes:
         name: as it is shown.
@@ -18,6 +18,7 @@ class GenerateCase:
         wishes: new tokens of each, in each turn of a chat.
         turns: what the user of a chat says after each answer but the last; every call has all that was said before.
         options: of generate.
+        fit: how many of the requests there shall be room for at a time; 0 = they are no requests of generate_many.
     """
 
     name: str
@@ -25,6 +26,7 @@ class GenerateCase:
     wishes: list[int]
     turns: list[list[int]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    fit: int = 0
 
     @property
     def is_ragged(self) -> bool:
@@ -75,12 +77,17 @@ class Sizes:
     chat_turns: int
     chat_user: int
     chat_answer: int
+    many_requests: int
+    many_fit: int
+    many_prompts: tuple[int, int]
+    many_wishes: tuple[int, int]
 
     def positions(self, names: list[str]) -> int:
         """Positions that a model must have: a padded batch runs on until the last wish."""
         ragged = self.ragged_prompts[1] + self.ragged_wishes[1] if "ragged" in names else 0
         chat = self.chat_system + self.chat_turns * (self.chat_user + self.chat_answer) if "chat" in names else 0
-        return max(ragged, chat, self.context + self.new_tokens)
+        many = self.many_prompts[1] + self.many_wishes[1] if "many" in names else 0
+        return max(ragged, chat, many, self.context + self.new_tokens)
 
 
 def cases(names: list[str], sizes: Sizes, vocabulary: int, seed: int) -> list[GenerateCase]:
@@ -108,12 +115,13 @@ def _case(name: str, sizes: Sizes, batch: int, vocabulary: int, rng: np.random.G
         shorter = rng.integers(max(1, context // 2), context, size=batch - 1, endpoint=True).tolist()
         return GenerateCase(f"{batch} x {max(1, context // 2)}-{context}", prompts([context, *shorter]), [new] * batch)
     if name == "ragged":
+        lengths, wishes = _ragged(rng, sizes.ragged_rows, sizes.ragged_prompts, sizes.ragged_wishes)
         shortest, longest = sizes.ragged_prompts
-        # Uniform in the logarithm: many short prompts, few long ones.
-        drawn = np.exp(rng.uniform(np.log(shortest), np.log(longest + 1), size=sizes.ragged_rows)).astype(int)
-        lengths = np.clip(drawn, shortest, longest).tolist()
-        wishes = rng.integers(*sizes.ragged_wishes, size=sizes.ragged_rows, endpoint=True).tolist()
         return GenerateCase(f"ragged, {sizes.ragged_rows} x {shortest}-{longest}", prompts(lengths), wishes)
+    if name == "many":
+        lengths, wishes = _ragged(rng, sizes.many_requests, sizes.many_prompts, sizes.many_wishes)
+        title = f"{sizes.many_requests} requests, {sizes.many_fit} fit"
+        return GenerateCase(title, prompts(lengths), wishes, fit=sizes.many_fit)
     if name == "beams":
         return GenerateCase(
             f"{sizes.beams} beams, {context}", prompts([context]), [new], options={"num_beams": sizes.beams}
@@ -125,3 +133,11 @@ def _case(name: str, sizes: Sizes, batch: int, vocabulary: int, rng: np.random.G
         options = {"do_sample": True, "num_return_sequences": sizes.samples}
         return GenerateCase(f"{sizes.samples} samples, {context}", prompts([context]), [new], options=options)
     return GenerateCase(f"1 x {context}", prompts([context]), [new])
+
+
+def _ragged(
+    rng: np.random.Generator, rows: int, prompts: tuple[int, int], wishes: tuple[int, int]
+) -> tuple[list[int], list[int]]:
+    """Lengths of prompts, uniform in the logarithm: many short ones, few long ones; and what is to follow each."""
+    drawn = np.exp(rng.uniform(np.log(prompts[0]), np.log(prompts[1] + 1), size=rows)).astype(int)
+    return np.clip(drawn, *prompts).tolist(), rng.integers(*wishes, size=rows, endpoint=True).tolist()
