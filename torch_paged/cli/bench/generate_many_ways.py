@@ -40,7 +40,8 @@ def pool_bytes(model: PreTrainedModel, case: GenerateCase, block_size: int) -> i
     # The last token is not stored.
     held = [-(-(len(prompt) + wish - 1) // block_size) for prompt, wish in zip(case.prompts, case.wishes, strict=True)]
     num_blocks = max(-(-case.fit * sum(held) // len(held)), *held)
-    return num_blocks * block_size * 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    token_bytes: int = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    return num_blocks * block_size * token_bytes
 
 
 class _Ends(StoppingCriteria):  # type: ignore[misc]
