@@ -21,7 +21,7 @@ DEMO_ERRORS = [
     ("--prompt=", "--prompt '': has no tokens"),
 ]
 BENCH_ERRORS = [
-    ("", "the following arguments are required: {ops,bookkeeping,memory,generate}"),
+    ("", "the following arguments are required: {ops,copies,bookkeeping,memory,generate}"),
     ("ops --shape 1,2,3", "'1,2,3'; must be batch,heads,kv_heads,head_dim,context[,query_len]"),
     ("ops --shape 1,2,2,64,x", "'1,2,2,64,x'; must be"),
     ("ops --shape 1,2,0,64,8", "'1,2,0,64,8'; must be"),
@@ -30,6 +30,7 @@ BENCH_ERRORS = [
     ("ops --shape 1,2,2,12,8", "head_dim"),
     ("ops --only decode --shape 1,2,2,64,8", "not allowed with argument"),
     ("ops --block-size 3", "argument --block-size: invalid choice: 3"),
+    ("copies --tokens 7", "argument --tokens: 7; must be an integer of at least 8"),
     ("bookkeeping --rounds 0", "argument --rounds: 0; must be"),
     ("bookkeeping --json /no/such/folder/b.json", "--json /no/such/folder/b.json: no folder /no/such/folder"),
     ("bookkeeping --json /", "--json /: a folder; must be a file"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
-from torch_paged.cli.bench import attention_ways, flex, timing
+from torch_paged.cli.bench import attention_ways, copies, flex, timing
 from torch_paged.cli.bench import limits as limits_module
 from torch_paged.cli.bench.attention_ways import Inputs
 from torch_paged.cli.bench.cases import DEFAULT_CASES, Case, Group, parse_case
@@ -62,6 +62,26 @@ def test_ops_on_other_pages(run, tmp_path):
     decode, prefill = json.loads(out)["results"]
     assert status == 0 and (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
     assert set(decode["other_pages"]) == {"pages in order", "pages of 128"} and not prefill["other_pages"]
+
+
+def test_copies(run, monkeypatch):
+    monkeypatch.setattr(copies, "last_level_cache_bytes", lambda: 4096)
+    status, out, _ = run(
+        "bench", "copies", "--tokens", "40", "--block-size", "4", "--rounds", "2", "--dtype", "float32", "--json"
+    )
+    results = {result["op"]: result for result in json.loads(out)["results"]}
+    assert status == 0
+    # 40 tokens of 8 sequences are 8 tokens each in whole blocks of 4; read and written, keys and values of 8 heads.
+    kv = 2 * 64 * 8 * 128 * 4
+    rope = 2 * kv + 2 * 64 * 32 * 128 * 4 + 2 * 64 * 128 * 4
+    moved = {"Tensor.copy_": 2 * kv, "reshape_and_cache": 2 * kv, "rope_and_cache": rope, "gather_cache": 2 * kv}
+    assert {name: result["moved_bytes"] for name, result in results.items()} == moved | {
+        "copy_blocks": kv,
+        "swap_blocks": 2 * kv,
+    }
+    for name, result in results.items():
+        assert result["bytes_per_s"] == result["moved_bytes"] / result["call"]["median_s"], name
+    assert results["Tensor.copy_"]["rate_over_plain_copy"] == 1
 
 
 def test_bookkeeping(run):

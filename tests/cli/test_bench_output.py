@@ -6,12 +6,23 @@ import sys
 
 import pytest
 
+from torch_paged.cli.bench import copies
+
 BOOKKEEPING = ("bench", "bookkeeping", "--batch", "2", "--layers", "1", "--context", "9", "--rounds", "3")
 MEMORY = ("bench", "memory", "--requests", "3", "--rounds", "1", "--max-len", "64", "--widths", "2")
 OPS = ("bench", "ops", "--shape", "1,2,2,8,9", "--dtype", "float32", "--rounds", "1")
 GENERATE = ("bench", "generate", "--layers=1", "--hidden=16", "--heads=2", "--intermediate=16", "--vocabulary=50")
 GENERATE += ("--context=9", "--new-tokens=3", "--cases=one", "--ways", "dynamic", "paged", "--rounds", "1")
-SUBJECTS = [BOOKKEEPING, MEMORY, OPS, GENERATE]
+COPIES = ("bench", "copies", "--tokens", "8", "--block-size", "1", "--dtype", "bfloat16", "--rounds", "1")
+SUBJECTS = [BOOKKEEPING, MEMORY, OPS, COPIES, GENERATE]
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """A last-level cache that small tensors exceed."""
+    monkeypatch.setattr(copies, "last_level_cache_bytes", lambda: 4096)
+
+
 every_subject = pytest.mark.parametrize("command", SUBJECTS, ids=lambda command: command[1])
 
 

@@ -3,7 +3,7 @@
 import argparse
 from importlib import import_module
 
-SUBJECTS = ("ops", "bookkeeping", "memory", "generate")
+SUBJECTS = ("ops", "copies", "bookkeeping", "memory", "generate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
