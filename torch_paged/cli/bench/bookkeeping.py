@@ -1,21 +1,21 @@
 """Times what a decode step costs besides the model: tables, slots and blocks, once a forward for all layers."""
 
 import argparse
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
 from torch_paged.cli.arguments import at_least
+from torch_paged.cli.bench.host_time import measure as measure_layers
+from torch_paged.cli.bench.host_time import refuse
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
 from torch_paged.cli.bench.plot import Panel
 from torch_paged.cli.bench.timing import Timing, alternate
 
-if TYPE_CHECKING:
-    from torch_paged.hf.support import Support
-
+HOST_STEPS = 200
 HEAD_DIM = 8  # The bookkeeping moves no keys or values, so small ones keep the pool small.
 
 
@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=at_least(1), default=1024, help="longest sequence before the first step, tokens"
     )
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=16)
+    parser.add_argument(
+        "--host-batch",
+        type=at_least(1),
+        nargs="+",
+        default=[1, 8],
+        help="sequences of the steps whose layers are timed, %(default)s",
+    )
     add_common(parser, rounds=1000, rounds_help="timed decode steps")
     parser.set_defaults(run=run)
 
@@ -33,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     prepare(args)
     timing = measure(args.batch, args.layers, args.context, args.block_size, args.rounds, args.seed)
-    settings = {name: getattr(args, name) for name in ("batch", "layers", "context", "block_size")}
+    settings = {name: getattr(args, name) for name in ("batch", "layers", "context", "block_size", "host_batch")}
     table = Table(title="Bookkeeping of one decode step, microseconds")
     for header in ("median", "fastest", "slowest", "median\nper layer"):
         table.add_column(header, justify="right")
@@ -42,8 +49,18 @@ def run(args: argparse.Namespace) -> int:
     table.add_row(*(f"{value:.0f}" for value in micros), f"{1e6 * per_layer:.1f}")
     bars: dict[str, list[float | None]] = {"a step": [*micros]}
     panel = Panel("Bookkeeping of one decode step", "µs", ["median", "fastest", "slowest"], bars)
-    figures = {"step": timing.as_json(), "median_s_per_layer": per_layer}
-    write(Output("bookkeeping", settings, figures, [table], [], [panel]), args)
+    figures: dict[str, Any] = {"step": timing.as_json(), "median_s_per_layer": per_layer, "host": []}
+    layers = Table(title="Host time of one layer in a decode step besides the ops, microseconds")
+    for header in ("batch", "context", "median", "fastest", "slowest", "the ops,\nmedian"):
+        layers.add_column(header, justify="right")
+    for batch in args.host_batch:
+        # Short rows leave the processor's caches to Python, long ones do not.
+        for context in sorted({min(16, args.context), args.context}):
+            host, ops = measure_layers(batch, args.layers, context, args.block_size, min(args.rounds, HOST_STEPS))
+            figures["host"].append({"batch": batch, "context": context, **host.as_json(), "ops": ops.as_json()})
+            seconds = (host.median, host.fastest, host.slowest, ops.median)
+            layers.add_row(str(batch), str(context), *(f"{1e6 * value:.1f}" for value in seconds))
+    write(Output("bookkeeping", settings, figures, [table, layers], [], [panel]), args)
     return 0
 
 
@@ -91,7 +108,3 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int, 
     new = torch.empty(batch, 1, 1, HEAD_DIM)
     step(context, context)
     return alternate({"step": lambda number: step(context + number + 1, 1)}, rounds=steps)["step"]
-
-
-def refuse(support: "Support") -> NoReturn:
-    raise AssertionError(support.reason)
