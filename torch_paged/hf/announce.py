@@ -33,6 +33,8 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
         raise
     finally:
         current.call = outer
+        if cache is not None:
+            cache.state.forget_handles()
 
 
 def make_call(

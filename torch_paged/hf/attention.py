@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.group import Step
 from torch_paged.hf.implementation import NAME, previous
-from torch_paged.hf.layer import token_rows
+from torch_paged.hf.layer import PagedLayer, token_rows
 from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import PagedKV, materialize
 
@@ -40,30 +40,28 @@ def paged_attention(
     Raises:
         NeedsOwnAttention: in a native call, for what only the model's own attention and mask can do.
     """
-    step = _native_step(key)
-    if step is None:
-        if in_native_call() and attention_mask is None and _is_causal(module, kwargs):
-            raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
-        output: tuple[Tensor, Tensor | None] = _own_attention(module)(
-            module,
-            query,
-            materialize(key),
-            materialize(value),
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
-        )
-        return output
+    if not isinstance(key, PagedKV) or (step := _native_step(key)) is None:
+        return _delegated(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     _require_plain_causal(module, attention_mask, dropout, kwargs)
-    assert isinstance(key, PagedKV)
     layer = key.pair.layer
     window = layer.sliding_window or kwargs.get("sliding_window") or 0
     assert layer.call is not None
-    if window not in (layer.call.windows or {0}):
+    if window not in (layer.call.windows or _CAUSAL):
         raise NeedsOwnAttention(f"{type(module).__name__} has a window of {window or 'all'} tokens, its mask another")
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    return attend(module, query, key, scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks), None
+    return _attend(module, query, layer, step, scaling, window, softcap, sinks), None
+
+
+def _delegated(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention that the model had before the patch."""
+    if in_native_call() and attention_mask is None and _is_causal(module, kwargs):
+        raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
+    output: tuple[Tensor, Tensor | None] = _own_attention(module)(
+        module, query, materialize(key), materialize(value), attention_mask, **kwargs
+    )
+    return output
 
 
 def attend(
@@ -91,14 +89,25 @@ def attend(
     Raises:
         NeedsOwnAttention: `key` was not stored in this call, or its cache slides where the model's mask does not.
     """
-    step = _native_step(key)
-    if step is None:
+    if not isinstance(key, PagedKV) or (step := _native_step(key)) is None:
         raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
-    assert isinstance(key, PagedKV)
-    layer = key.pair.layer
+    return _attend(module, query, key.pair.layer, step, scaling, sliding_window, softcap, sinks, alibi_slopes)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    layer: PagedLayer,
+    step: Step,
+    scaling: float | None,
+    sliding_window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
     call = layer.call
     assert call is not None
-    if layer.sliding_window not in (0, *call.windows):
+    if layer.sliding_window and layer.sliding_window not in call.windows:
         raise NeedsOwnAttention(f"the cache of {type(module).__name__} has a window, which its mask does not have")
     batch, _, width, _ = query.shape
     rows = token_rows(query)
@@ -106,9 +115,9 @@ def attend(
         rows = rows.to(layer.dtype)
     if step.query_rows is not None:
         rows = rows[step.query_rows]
-    out = without_gradient(
-        rows,
-        lambda: _attention(
+
+    def attention() -> Tensor:
+        out: Tensor = _attention(
             rows,
             layer.key_cache,
             layer.value_cache,
@@ -122,17 +131,17 @@ def attend(
             alibi_slopes=alibi_slopes,
             sinks=None if sinks is None else sinks.float(),
             deterministic=call.deterministic,
-        ),
-    )
+        )
+        return out
+
+    out = without_gradient(rows, attention)
     if step.query_rows is not None:
         out = out.new_zeros(batch * width, *out.shape[1:]).index_copy(0, step.query_rows, out)
-    return out.view(batch, width, *out.shape[1:])
+    return out.unsqueeze(1) if width == 1 else out.view(batch, width, *out.shape[1:])
 
 
-def _native_step(key: Tensor) -> Step | None:
+def _native_step(key: PagedKV) -> Step | None:
     """The plan to read the blocks by, in a native call over a PagedCache."""
-    if not isinstance(key, PagedKV):
-        return None
     layer = key.pair.layer
     return layer.step if layer.call is not None and layer.call.native else None
 
@@ -159,6 +168,8 @@ def _own_attention(module: nn.Module) -> Any:
     return ALL_ATTENTION_FUNCTIONS.get_interface(previous(module.config), eager)
 
 
+# Of a call whose model asked for no mask.
+_CAUSAL = frozenset({0})
 # Without the choice of an overload: 2 microseconds in every layer and step.
 _attention = torch.ops.paged.attention.default
 

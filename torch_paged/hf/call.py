@@ -20,6 +20,7 @@ class Call:
         deterministic: attention gives a row the same bits whatever else is in the pass.
         windows: of the masks that the model asked for in a native call, 0 for a causal one.
         num_tokens: int64 `[num_seqs]`, tokens to store per row.
+        input_shape: `(batch, width)` of what the model sees.
         left_padded: in every row the stored tokens are the last ones, so that queries and keys align at the end.
     """
 
@@ -31,9 +32,11 @@ class Call:
     deterministic: bool = False
     windows: set[int] = field(default_factory=set)
     num_tokens: np.ndarray = field(init=False)
+    input_shape: tuple[int, int] = field(init=False)
     left_padded: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.input_shape = (self.num_seqs, self.width) if self.packed is None else (1, int(self.packed.sum()))
         if self.packed is not None:
             self.num_tokens = self.packed
             self.left_padded = False
@@ -43,11 +46,6 @@ class Call:
         else:
             self.num_tokens = self.valid.sum(1, dtype=np.int64)
             self.left_padded = not bool((self.valid[:, :-1] & ~self.valid[:, 1:]).any())
-
-    @property
-    def input_shape(self) -> tuple[int, int]:
-        """`(batch, width)` of what the model sees."""
-        return (self.num_seqs, self.width) if self.packed is None else (1, int(self.packed.sum()))
 
 
 @dataclass

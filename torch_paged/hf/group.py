@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch_paged.hf.call import Call
 from torch_paged.hf.pools import GroupKey
 from torch_paged.memory import BlockTables, Pool, SwappedRow
+
+if TYPE_CHECKING:
+    from torch_paged.hf.paged_kv import PagedKV
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class LayerGroup:
         self.num_layers = 0
         self.call: Call | None = None
         self.step: Step | None = None
+        # In the forward pass `call`: the shapes of K and V that were checked, and what the last layer gave the model,
+        # which refers to that layer and must not outlive the pass.
+        self.written: tuple[torch.Size, torch.Size] | None = None
+        self.seen: tuple[PagedKV, PagedKV] | None = None
 
     def plan(self, call: Call) -> Step:
         """Blocks, slots and tensors for `call`; the first layer that asks does the work."""
@@ -53,6 +61,7 @@ class LayerGroup:
             self.tables.append(call.num_tokens, self.pool.copy_blocks)
             # From here on a rollback has something to undo.
             self.call, self.step = call, None
+            self.written = self.seen = None
             if call.packed is None:
                 slots = self.tables.slots(call.num_tokens, call.valid, call.width)
                 block_table, seq_lens = self.tables.step()
@@ -121,7 +130,7 @@ class LayerGroup:
         """The same rows once more, every block shared."""
         twin = object.__new__(LayerGroup)
         twin.pool, twin.key, twin.num_layers = self.pool, self.key, self.num_layers
-        twin.call = twin.step = None
+        twin.call = twin.step = twin.written = twin.seen = None
         with self.pool.lock:
             twin.tables = self.tables.fork()
         return twin

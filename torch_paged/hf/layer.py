@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from torch_paged.hf.call import Call, NeedsOwnAttention
 from torch_paged.hf.group import LayerGroup, Step
 from torch_paged.hf.no_gradient import without_gradient
-from torch_paged.hf.paged_kv import GatheredPair, PagedKV
+from torch_paged.hf.paged_kv import GatheredPair, PagedKV, paged_pair
 from torch_paged.hf.pools import GroupKey
 from torch_paged.hf.state import CacheState
 from torch_paged.hf.support import dtype_problem, has_kernel, head_dims_problem
@@ -81,7 +81,44 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._update(key_states, value_states)
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        batch, num_kv_heads, width, head_dim = key_states.shape
+        # Runs in every layer and step: what the first layer of a group found is not looked for again.
+        call, group = self.state.call, self.group
+        if (
+            call is None
+            or call is self.call
+            or group is None
+            or group.call is not call
+            or group.step is None
+            or group.written != (key_states.shape, value_states.shape)
+        ):
+            call, group = self._begin(key_states, value_states)
+        assert group.step is not None
+        if not key_states.dtype == value_states.dtype == self.dtype:
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
+        with_graph = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        key, value = token_rows(key_states), token_rows(value_states)
+        if with_graph:
+            key, value = key.detach(), value.detach()
+        _reshape_and_cache(key, value, self.key_cache, self.value_cache, group.step.slot_mapping)
+        self.call = call
+        self.columns += call.width
+        if call.native and not with_graph:
+            last = self._seen(call.width) if self.is_sliding else self.columns
+            group.seen = paged_pair(self, last, key_states, value_states, group.seen)
+            return group.seen
+        pair = GatheredPair(self, self._seen(call.width))
+
+        def result(position: int, like: Tensor) -> Tensor:
+            return PagedKV(pair, position, like) if call.native else pair.tensors()[position]
+
+        return (
+            without_gradient(key_states, lambda: result(0, key_states)),
+            without_gradient(value_states, lambda: result(1, value_states)),
+        )
+
+    def _begin(self, key_states: Tensor, value_states: Tensor) -> tuple[Call, LayerGroup]:
+        """The forward pass that this update belongs to, and the group with its plan of it, after all checks."""
+        batch, _, width, head_dim = key_states.shape
         call = self.state.call
         if call is None or call is self.call or call.input_shape != (batch, width):
             # Nobody announced this forward pass: an unpatched model, or a layer called by itself.
@@ -96,27 +133,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         assert self.group is not None and self.key_cache is not None and self.value_cache is not None
         self._check_shapes(key_states, value_states)
-        step = self.group.plan(call)
-        if not key_states.dtype == value_states.dtype == self.dtype:
-            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
-        with_graph = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        key, value = token_rows(key_states), token_rows(value_states)
-        if with_graph:
-            key, value = key.detach(), value.detach()
-        _reshape_and_cache(key, value, self.key_cache, self.value_cache, step.slot_mapping)
-        self.call = call
-        self.columns += call.width
-        pair = GatheredPair(self, self._seen(call.width))
-        if call.native and not with_graph:
-            return PagedKV(pair, 0, key_states), PagedKV(pair, 1, value_states)
-
-        def result(position: int, like: Tensor) -> Tensor:
-            return PagedKV(pair, position, like) if call.native else pair.tensors()[position]
-
-        return (
-            without_gradient(key_states, lambda: result(0, key_states)),
-            without_gradient(value_states, lambda: result(1, value_states)),
-        )
+        self.group.plan(call)
+        self.group.written = key_states.shape, value_states.shape
+        return call, self.group
 
     @property
     def step(self) -> Step | None:
@@ -213,7 +232,7 @@ def token_rows(states: Tensor) -> Tensor:
         rows = states[0].transpose(0, 1)
     else:
         rows = states.transpose(1, 2).flatten(0, 1)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows if rows.is_contiguous() or rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _storage_dtype(key: Tensor, value: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ class GatheredPair:
     """A layer's K and V as tensors, the `last` of its columns, gathered together when either is first needed."""
 
     def __init__(self, layer: PagedLayer, last: int) -> None:
+        self.stand_for(layer, last)
+
+    def stand_for(self, layer: PagedLayer, last: int) -> None:
         self.layer = layer
         self.columns = layer.columns
         self.last = last
@@ -61,6 +65,33 @@ class PagedKV(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PagedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def paged_pair(
+    layer: PagedLayer, last: int, key: Tensor, value: Tensor, before: tuple[PagedKV, PagedKV] | None
+) -> tuple[PagedKV, PagedKV]:
+    """What `layer` gives the model for the `last` of its columns.
+
+    Args:
+        key, value: `[batch, heads, width, head_dim]`, with the dtypes and devices that stock would give.
+        before: what another layer gave it in the same forward pass, with the same shapes. Where the model has let go
+            of it, it serves again: new tensors take 6 of 24 microseconds that the host spends in a layer.
+    """
+    if before is not None and _is_free(before):
+        before[0].pair.stand_for(layer, last)
+        return before
+    pair = GatheredPair(layer, last)
+    return PagedKV(pair, 0, key), PagedKV(pair, 1, value)
+
+
+def _is_free(kept: tuple[PagedKV, PagedKV]) -> bool:
+    """Whether nobody else has these, in Python (the tuple and the argument refer to each) or below."""
+    return (
+        sys.getrefcount(kept[0]) <= 2
+        and sys.getrefcount(kept[1]) <= 2
+        and kept[0]._use_count() == 1  # type: ignore[attr-defined]
+        and kept[1]._use_count() == 1  # type: ignore[attr-defined]
+    )
 
 
 def materialize(value: Any) -> Any:

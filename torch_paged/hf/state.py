@@ -58,6 +58,11 @@ class CacheState:
         if self.num_seqs not in (None, num_seqs):
             raise ValueError(f"batch size: {num_seqs}; must be {self.num_seqs}, the rows this PagedCache holds")
 
+    def forget_handles(self) -> None:
+        """Let go of what layers gave the model in the pass that is over, and with it of the layers."""
+        for group in self.groups.values():
+            group.seen = None
+
     def let_finished_leave(self) -> None:
         """Free the blocks of the rows that are finished by now; later calls do not compute them."""
         rows = None if self.finished is None else self.finished.rows()
