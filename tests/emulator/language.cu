@@ -52,6 +52,25 @@ extern "C" __global__ void switches(const int* in, int* out) {
   }
 }
 
+__device__ __forceinline__ uint64_t rotated(uint64_t value, int by) { return value << by | value >> (64 - by); }
+
+extern "C" __global__ void rotations(const uint64_t* in, const int* cases, uint64_t* out) {
+  const uint64_t value = in[threadIdx.x];
+  uint64_t nested = value;
+  switch (value % 3) {
+    case 0: nested = rotated(value, 3); break;
+    case 1: nested = rotated(rotated(value, 5), 11); break;
+  }
+  switch (cases[threadIdx.x]) {
+    case 0: out[threadIdx.x] = rotated(value, 7); return;
+    case 1: out[threadIdx.x] = rotated(value, 13) ^ rotated(value, 32); break;
+    case 3: nested += rotated(value, 1);
+    case 2: out[threadIdx.x] = nested; break;
+    case 4: break;
+    default: out[threadIdx.x] = value;
+  }
+}
+
 extern "C" __global__ void counts_blocks(int* count, int* out) {
   if (threadIdx.x == 0) atomicAdd(count, 1);
   out[blockIdx.x * blockDim.x + threadIdx.x] = blockIdx.x;

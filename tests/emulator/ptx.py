@@ -159,6 +159,8 @@ class _Body:
         self.module, self.kernel = module, kernel
         self.locations: tuple[Location, ...] = ()
         self.scopes: list[dict[str, str]] = [{}]
+        # What the names of each open scope end in, and those that it declared itself.
+        self.suffixes, self.declared = [""], [set[str]()]
         self.num_scopes = 0
         self.num_calls = 0
 
@@ -179,8 +181,14 @@ class _Body:
         if token == "{":
             self.num_scopes += 1
             self.scopes.append(dict(self.scopes[-1]))
+            self.suffixes.append(f"#{self.num_scopes}")
+            self.declared.append(set())
         elif token == "}":
-            self.scopes.pop()
+            for stack in (self.scopes, self.suffixes, self.declared):
+                stack.pop()
+        elif token[:-1] in self.kernel.labels:
+            # Of two scopes, perhaps: labels are not renamed.
+            raise Unsupported(f"{self.kernel.name}: label {token[:-1]} is there twice")
         else:
             self.kernel.labels[token[:-1]] = len(self.kernel.instructions)
 
@@ -203,9 +211,12 @@ class _Body:
             raise Unsupported(f"{self.kernel.name}: {statement}")
 
     def _declare(self, name: str) -> str:
+        if name in self.declared[-1]:
+            raise Unsupported(f"{self.kernel.name}: {name} is declared twice")
+        self.declared[-1].add(name)
         if len(self.scopes) == 1:
             return name
-        self.scopes[-1][name] = f"{name}#{self.num_scopes}"
+        self.scopes[-1][name] = name + self.suffixes[-1]
         return self.scopes[-1][name]
 
     def _instruction(self, statement: str) -> None:
@@ -242,7 +253,9 @@ class _Body:
             raise Unsupported(f"{self.kernel.name}: {i} {address}")
         for n, value in enumerate(split(values[1:-1]) if values.startswith("{") else (values,)):
             register = f"{match[1].strip()}@{int(match[2] or 0) + n * BYTES[i.type]}"
-            self.kernel.registers.setdefault(register, f"b{8 * BYTES[i.type]}")
+            known = BYTES[self.kernel.registers.setdefault(register, f"b{8 * BYTES[i.type]}")]
+            if known != BYTES[i.type]:
+                raise Unsupported(f"{self.kernel.name}: {register} of {known} bytes, and of {BYTES[i.type]}")
             operands = (value, register) if i.opcode == "ld" else (register, value)
             self.kernel.instructions.append(replace(i, opcode="mov", modifiers=(i.type,), operands=operands))
 

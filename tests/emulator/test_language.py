@@ -12,6 +12,7 @@ from tests.emulator.compile import compile_ptx
 from tests.emulator.findings import Finding
 from tests.emulator.launch import THREADS_AT_ONCE, Emulator
 from tests.emulator.library import NO_NVCC, has_nvcc
+from tests.emulator.ptx import Module, Unsupported
 
 pytestmark = pytest.mark.skipif(not has_nvcc(), reason=NO_NVCC)
 NUMBERS = np.random.default_rng(0).integers(0, 1000, 32).astype(np.int32)
@@ -67,6 +68,94 @@ def test_switches_and_traps(module):
     chosen[7] = 2
     with pytest.raises(Finding, match=r"trap at language.cu:\d+, block 0 thread 7"):
         launch(module, "switches", [chosen], [out])
+
+
+def test_registers_of_scopes_in_a_switch(module):
+    """nvcc puts a rotation into a scope with registers of its own, %lhs and %rhs, again and again."""
+    values = np.random.default_rng(1).integers(0, 2**63, 32).astype(np.uint64)
+    chosen, out = np.resize(np.arange(7, dtype=np.int32), 32), np.zeros(32, np.uint64)
+    launch(module, "rotations", [values, chosen], [out])
+
+    def rotated(value, by):
+        return (value << by | value >> (64 - by)) & (2**64 - 1)
+
+    for value, case, result in zip(values.tolist(), chosen.tolist(), out.tolist(), strict=True):
+        nested = {0: rotated(value, 3), 1: rotated(rotated(value, 5), 11)}.get(value % 3, value)
+        by_case = [rotated(value, 7), rotated(value, 13) ^ rotated(value, 32), nested, nested + rotated(value, 1)]
+        expected = by_case[case] if case < 4 else 0 if case == 4 else value
+        assert result == expected % 2**64, case
+
+
+SCOPES = """
+.visible .entry scopes(.param .u64 scopes_param_0)
+{
+	.reg .pred %p<2>;
+	.reg .b32 %r<3>;
+	.reg .b64 %rd<3>;
+	ld.param.u64 %rd1, [scopes_param_0];
+	mov.u32 %r1, 0;
+	{
+$again:
+	{
+	.reg .b32 %lhs;
+	mov.u32 %lhs, 7;
+	add.u32 %r1, %r1, %lhs;
+	}
+	.reg .b32 %lhs;
+	setp.eq.u32 %p1, %r1, 7;
+	@%p1 mov.u32 %lhs, 100;
+	@%p1 bra $again;
+	st.global.u32 [%rd1], %lhs;
+	}
+	ret;
+}
+"""
+
+
+def test_a_name_of_an_outer_scope_is_not_that_of_one_which_ended_within_it():
+    out = np.zeros(1, np.uint32)
+    emulator = Emulator(Module(SCOPES))
+    emulator.memory.add_array("out", out, writable=True)
+    emulator.launch("scopes", (1, 1, 1), (32, 1, 1), 0, struct.pack("<Q", out.ctypes.data))
+    assert out[0] == 100
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (SCOPES.replace("ret;", "$again: ret;"), r"scopes: label \$again is there twice"),
+        (SCOPES.replace(".reg .b64 %rd<3>;", ".reg .b64 %rd<3>; .reg .b32 %rd1;"), "scopes: %rd1 is declared twice"),
+        (SCOPES.replace("{\n\t.reg .b32 %lhs", "{ .reg .b16 %lhs; .reg .b32 %lhs"), "scopes: %lhs is declared twice"),
+    ],
+)
+def test_what_ptx_does_not_allow_is_refused(text, message):
+    with pytest.raises(Unsupported, match=message):
+        Module(text).kernel("scopes")
+
+
+def test_a_result_that_is_read_as_another_type_is_refused():
+    text = """
+.func (.param .b64 func_retval0) two_words()
+{
+	.reg .b32 %r<3>;
+	mov.u32 %r1, 1;
+	st.param.b32 [func_retval0], %r1;
+	st.param.b32 [func_retval0+4], %r1;
+	ret;
+}
+.visible .entry caller(.param .u64 caller_param_0)
+{
+	.reg .b64 %rd<3>;
+	{
+	.param .b64 retval0;
+	call.uni (retval0), two_words, ();
+	ld.param.b64 %rd1, [retval0];
+	}
+	ret;
+}
+"""
+    with pytest.raises(Unsupported, match=r"caller: .*retval0.* of 4 bytes, and of 8"):
+        Module(text).kernel("caller")
 
 
 def test_blocks_of_several_chunks(module):
