@@ -10,7 +10,8 @@
 namespace paged::cuda {
 namespace {
 
-// Below this a copy costs its launch rather than its bytes: some 3 us, in which PCIe 5 moves 150 KB. An estimate.
+// Below this a copy costs its launch rather than its bytes: some 3 us, in which PCIe 5 moves 150 KB. An estimate, of
+// single copies at that: copies in a batch should pay off earlier. `bench ops --device cuda` has not run on hardware.
 constexpr int64_t kDmaBytes = 128 * 1024;
 
 struct Run {
@@ -73,6 +74,50 @@ cudaError_t order_streams(cudaStream_t earlier, cudaStream_t later, bool wait) {
   return error ? error : destroyed;
 }
 
+cudaError_t copy_one_by_one(const std::vector<Run>& runs, cudaStream_t stream) {
+  for (const Run& run : runs)
+    if (const cudaError_t error = cudaMemcpyAsync(run.dst, run.src, size_t(run.bytes), cudaMemcpyDefault, stream))
+      return error;
+  return cudaSuccess;
+}
+
+#if CUDART_VERSION >= 12080
+// One call for all runs, in any order; of a device's or pinned memory.
+cudaError_t copy_as_batch(const std::vector<Run>& runs, cudaStream_t stream) {
+  std::vector<void*> dst, src;
+  std::vector<size_t> bytes;
+  for (const Run& run : runs) {
+    dst.push_back(run.dst);
+    src.push_back(const_cast<char*>(run.src));
+    bytes.push_back(size_t(run.bytes));
+  }
+  cudaMemcpyAttributes attributes{};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  size_t first_with_them = 0;
+#if CUDART_VERSION >= 13000
+  return cudaMemcpyBatchAsync(dst.data(), src.data(), bytes.data(), runs.size(), &attributes, &first_with_them, 1,
+                              stream);
+#else
+  size_t failed = 0;
+  return cudaMemcpyBatchAsync(dst.data(), src.data(), bytes.data(), runs.size(), &attributes, &first_with_them, 1,
+                              &failed, stream);
+#endif
+}
+#endif
+
+// By the copy engines; of pageable memory one by one, as only single copies are promised to stage it.
+cudaError_t copy_by_dma(const std::vector<Run>& runs, bool mapped, cudaStream_t stream) {
+#if CUDART_VERSION >= 12080
+  if (mapped && runs.size() > 1) {
+    const cudaError_t error = copy_as_batch(runs, stream);
+    // A driver older than the runtime.
+    if (error != cudaErrorNotSupported && error != cudaErrorCallRequiresNewerDriver) return error;
+    cudaGetLastError();
+  }
+#endif
+  return copy_one_by_one(runs, stream);
+}
+
 cudaError_t copy(const std::vector<LayerCopy>& layers, const int64_t* host_pairs, const int64_t* device_pairs,
                  int64_t num_pairs, cudaStream_t stream) {
   std::vector<int64_t> order(num_pairs);
@@ -92,10 +137,7 @@ cudaError_t copy(const std::vector<LayerCopy>& layers, const int64_t* host_pairs
   }
   if (mapped && bytes < int64_t(runs.size()) * kDmaBytes)
     return launch_copy_blocks(layers, device_pairs, num_pairs, stream);
-  for (const Run& run : runs)
-    if (const cudaError_t error = cudaMemcpyAsync(run.dst, run.src, size_t(run.bytes), cudaMemcpyDefault, stream))
-      return error;
-  return cudaSuccess;
+  return copy_by_dma(runs, mapped, stream);
 }
 
 }  // namespace

@@ -37,6 +37,8 @@ constexpr size_t kMaxSharedPerBlock = 99 * 1024, kSharedPerMultiprocessor = 100 
 LaunchCallback launch_callback = nullptr;
 Launch configured;
 cudaError_t last_error = cudaSuccess;
+bool has_batched_copies = true;
+int64_t single_copies = 0, batched_copies = 0;
 
 cudaError_t keep(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -169,12 +171,35 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 
+__attribute__((visibility("default"))) void emulate_batched_copies(int supported) { has_batched_copies = supported; }
+// How many copies were asked for one by one, and how many in batches, since the last call.
+__attribute__((visibility("default"))) void emulated_copies(int64_t* single, int64_t* batched) {
+  *single = std::exchange(single_copies, 0);
+  *batched = std::exchange(batched_copies, 0);
+}
+
 // Work on a stream is done by the time its call returns, though the host is not to count on it.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t count, cudaMemcpyKind, cudaStream_t) {
   ++work_launched();
+  ++single_copies;
   std::memmove(to, from, count);
   return cudaSuccess;
 }
+#if CUDART_VERSION >= 13000
+// In no order that a caller could count on.
+cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const size_t* sizes, size_t count,
+                                 cudaMemcpyAttributes* attributes, size_t* first, size_t num_attributes,
+                                 cudaStream_t stream) {
+  if (!has_batched_copies) return keep(cudaErrorCallRequiresNewerDriver);
+  if (stream == nullptr || count == 0 || num_attributes != 1 || *first != 0 ||
+      attributes->srcAccessOrder != cudaMemcpySrcAccessOrderStream)
+    return keep(cudaErrorInvalidValue);
+  ++work_launched();
+  batched_copies += int64_t(count);
+  for (size_t i = count; i-- > 0;) std::memcpy(to[i], from[i], sizes[i]);
+  return cudaSuccess;
+}
+#endif
 cudaError_t cudaMemsetAsync(void* to, int value, size_t count, cudaStream_t) {
   std::memset(to, value, count);
   return cudaSuccess;
