@@ -71,7 +71,8 @@ def _block_table(contexts: list[int], block_size: int, order: Callable[..., Tens
 
 
 def _empty(case: Case, num_blocks: int, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return ops.empty_cache(num_blocks, block_size, case.num_kv_heads, case.head_dim, dtype=dtype, device="cpu")
+    device = torch.get_default_device()
+    return ops.empty_cache(num_blocks, block_size, case.num_kv_heads, case.head_dim, dtype=dtype, device=device)
 
 
 Attention = Callable[[int], Tensor]

@@ -55,4 +55,5 @@ def _causal(group: Group) -> Any:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query + earlier
 
-    return create_block_mask(visible, None, None, group.query_len, group.context, device="cpu")
+    device = torch.get_default_device()
+    return create_block_mask(visible, None, None, group.query_len, group.context, device=device)

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BATCH,HEADS,KV_HEADS,HEAD_DIM,CONTEXT[,QUERY_LEN]",
         help="these cases instead of the default ones; QUERY_LEN new tokens (1) end a context of CONTEXT",
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu; cuda implies --flex")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 bfloat16; on cuda bfloat16")
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=16)
     parser.add_argument("--flex", action="store_true", help="also compiled FlexAttention, minutes of compilation")
     parser.add_argument(
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.device == "cuda":
+        from torch_paged.cli.bench import cuda_ops
+
+        return cuda_ops.run(args)
+    args.dtype = args.dtype or ["float32", "bfloat16"]
     prepare(args)
     cases = args.shape or [case for case in DEFAULT_CASES if not args.only or case.kind in args.only]
     results, limits = [], Limits()
