@@ -12,7 +12,10 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import torch_paged
+from tests.emulator import library
+from tests.emulator.device_memory import collect_garbage
 from torch_paged.hf.support import dtype_problem
+from torch_paged.memory import block_memory, pool
 
 from .counting import count_calls
 from .host_state import host_state
@@ -81,6 +84,43 @@ def test_spreading_a_model_that_is_patched(tmp_path: Path) -> None:
     assert torch.equal(generate(model, INPUTS), expected) and handle.stats().peak_bytes > 0
     handle.unpatch()
     assert torch.equal(generate(model, INPUTS), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen3"])
+def test_a_forward_pass_mixes_nothing_of_the_cpu_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, in the place of a GPU, an op refuses a tensor that was left on the CPU."""
+    monkeypatch.setattr("torch_paged.hf.layer.has_kernel", lambda op, device_type: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # which does not know it
+    model = tiny(name).to("meta")
+    cache = torch_paged.PagedCache(model.config, max_memory="4MiB", block_size=4)
+    with torch_paged.paged(model), torch.no_grad(), count_calls() as calls:
+        logits = model(torch.ones(2, 9, dtype=torch.long, device="meta"), past_key_values=cache).logits
+        logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+    assert logits.is_meta and cache.get_seq_length() == 10
+    layers = model.config.num_hidden_layers
+    assert calls["paged.attention"] == calls["paged.reshape_and_cache"] == 2 * layers
+    assert calls["gather"] == calls["paged.gather_cache"] == 0
+
+
+@pytest.mark.skipif(not library.has_nvcc(), reason=library.NO_NVCC)
+def test_generate_on_the_emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, pages that come and go: blocks that a call does not hold have no memory that anything could touch."""
+    model = tiny("llama")
+    modes: list[dict[str, Any]] = [{}, {"num_beams": 2}]
+    expected = [generate(model, INPUTS, max_new_tokens=3, **mode) for mode in modes]
+    like = torch.empty(0, dtype=torch.uint8)
+    with library.emulated("attention") as ops, ops.device_memory.device(4096) as device:
+        monkeypatch.setattr(pool, "block_memory", lambda layout, _: block_memory.device_memory(layout, like))
+        before = ops.num_launches
+        with torch_paged.paged(model, block_size=4, strict=True, max_memory="1MiB") as handle:
+            for want, mode in zip(expected, modes, strict=True):
+                assert torch.equal(generate(model, INPUTS, max_new_tokens=3, **mode), want)
+                # `generate` has given all back but the first page.
+                assert device.held.mapped == 4096
+            assert handle.stats().peak_bytes > 4096
+        assert ops.num_launches > before
+        del handle
+        collect_garbage()
 
 
 def test_float64_on_a_gpu_is_left_to_the_models_own_attention():
