@@ -16,6 +16,7 @@ from torch_paged.hf.implementation import NAME, previous
 from torch_paged.hf.layer import PagedLayer, token_rows
 from torch_paged.hf.no_gradient import without_gradient
 from torch_paged.hf.paged_kv import PagedKV, materialize
+from torch_paged.hf.step_cache import step_layer
 
 
 def paged_attention(
@@ -55,7 +56,12 @@ def paged_attention(
 def _delegated(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model had before the patch."""
+    """The attention of a compiled pass, or the one that the model had before the patch."""
+    if (layer := step_layer(key, value)) is not None:
+        _require_plain_causal(module, attention_mask, kwargs.get("dropout", 0.0), kwargs)
+        window = layer.sliding_window or kwargs.get("sliding_window") or 0
+        softcap, sinks, scaling = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("scaling")
+        return layer.attend(query, scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks), None
     if in_native_call() and attention_mask is None and _is_causal(module, kwargs):
         raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
     output: tuple[Tensor, Tensor | None] = _own_attention(module)(

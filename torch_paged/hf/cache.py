@@ -17,6 +17,7 @@ from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.layer import PagedLayer
 from torch_paged.hf.pools import Pools
 from torch_paged.hf.state import CacheState
+from torch_paged.hf.step_cache import StepView
 from torch_paged.hf.voice import Voice
 from torch_paged.memory import PoolStats
 
@@ -37,6 +38,8 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
 
     # Nobody but the call of generate that it was made for has it.
     made_by_generate = False
+    # What compiled passes see of it.
+    step_view: StepView | None = None
 
     def __init__(self, config: PreTrainedConfig, **knobs: Any) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -76,9 +79,15 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         """Say what the coming forward pass stores, before its first layer."""
         self.state.announce(call)
 
+    def passed(self, call: Call) -> None:
+        """A compiled pass has stored what `call` announced in every layer."""
+        for layer in self.paged_layers:
+            layer.call = call
+            layer.columns += call.width
+
     def rollback(self, call: Call) -> None:
         """Take back a forward pass that did not finish."""
-        for layer in self._paged_layers():
+        for layer in self.paged_layers:
             if layer.call is call:
                 layer.columns -= call.width
                 layer.call = None
@@ -92,7 +101,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             self.reset()
             return
         self.state.go_back(columns, seq_lens)
-        for layer in self._paged_layers():
+        for layer in self.paged_layers:
             layer.columns = columns
             layer.call = None
 
@@ -125,7 +134,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         width = min(-tokens_to_remove, self.state.columns.count)
         if self.state.num_seqs is not None:
             self.state.crop(width)
-        for layer in self._paged_layers():
+        for layer in self.paged_layers:
             layer.columns = max(0, layer.columns - width)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -191,7 +200,9 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         """Whether no layer keeps a state of another kind, which table edits do not move."""
         return all(isinstance(layer, PagedLayer) for layer in self.layers)
 
-    def _paged_layers(self) -> list[PagedLayer]:
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers whose K and V are in blocks."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _other_layers(self, method: str, argument: Any) -> None:

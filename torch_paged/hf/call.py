@@ -18,6 +18,7 @@ class Call:
         packed: int64 `[num_seqs]`, how many tokens of each row the model sees, all in one row of its inputs, one
             sequence after the other; None: it sees every column, `[num_seqs, width]`.
         deterministic: attention gives a row the same bits whatever else is in the pass.
+        is_compiled: the pass runs over a StepCache, after an uncompiled pass that has shown the model's masks.
         windows: of the masks that the model asked for in a native call, 0 for a causal one.
         num_tokens: int64 `[num_seqs]`, tokens to store per row.
         input_shape: `(batch, width)` of what the model sees.
@@ -30,6 +31,7 @@ class Call:
     native: bool = False
     packed: np.ndarray | None = None
     deterministic: bool = False
+    is_compiled: bool = False
     windows: set[int] = field(default_factory=set)
     num_tokens: np.ndarray = field(init=False)
     input_shape: tuple[int, int] = field(init=False)
@@ -163,3 +165,8 @@ current = _Current()
 def in_native_call() -> bool:
     """Whether this thread is in a forward pass whose attention reads blocks."""
     return current.call is not None and current.call.native
+
+
+def in_compiled_call() -> bool:
+    """Whether this thread is in a forward pass over a StepCache."""
+    return current.call is not None and current.call.is_compiled

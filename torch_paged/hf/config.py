@@ -1,6 +1,10 @@
 """PagedConfig: every knob of a patched model, in one frozen dataclass."""
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from torch_paged.memory import parse_max_memory
 from torch_paged.ops.cache_layout import check_block_size
@@ -30,6 +34,8 @@ class PagedConfig:
             their blocks to CPU memory, which `max_memory` does not count, "recompute" drops them, to be computed again
             when their turn comes, as "swap" does where the system has no memory left; "error" raises PoolExhausted,
             which in generate_many is the result of one request.
+        compile: compile decode steps: True with the backend "torch_paged", or a dict of arguments of `torch.compile`.
+            Prefills, whose sizes vary, run uncompiled.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
@@ -44,6 +50,7 @@ class PagedConfig:
     min_shared_prefix: int = 64
     drop_finished_rows: bool = True
     on_pressure: str = "swap"
+    compile: bool | dict[str, Any] = False
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +65,17 @@ class PagedConfig:
         for name, wanted in kinds:
             if not isinstance(value := getattr(self, name), wanted):
                 raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")
+        if not isinstance(self.compile, (bool, dict)):
+            raise TypeError(f"compile: {type(self.compile).__name__}; must be a bool or a dict")
+        if isinstance(self.compile, dict):
+            known = inspect.signature(torch.compile).parameters.keys() - {"model", "disable"}
+            if unknown := sorted(self.compile.keys() - known):
+                raise ValueError(f"compile: {', '.join(unknown)}; must be arguments of torch.compile")
         if self.on_pressure not in ("swap", "recompute", "error"):
             raise ValueError(f'on_pressure: {self.on_pressure!r}; must be "swap", "recompute" or "error"')
         parse_max_memory(self.max_memory)
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """What `compile` gives to `torch.compile`."""
+        return {"backend": "torch_paged"} | (self.compile if isinstance(self.compile, dict) else {})

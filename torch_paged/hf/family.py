@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from torch_paged.hf.disguise import disguise, stock_class
@@ -115,3 +116,9 @@ def family(model_type: str) -> Family:
     if model_type not in BY_INTERFACE:
         return Family(reason=f"model type {model_type!r} is not among the native ones")
     return Family()
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def converts_mask(model_type: str) -> bool:
+    """Whether models of this type compute with their mask."""
+    return family(model_type).converts_mask

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from torch_paged.hf import implementation
 from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.compiled import Compiled, user_compiled
 from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.disguise import undisguise
 from torch_paged.hf.family import family
@@ -41,6 +42,8 @@ class PagedHandle:
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
         self._support: dict[str, Support] = {}
+        # With the configuration, or the user's own compiled callable, that each belongs to.
+        self._compiled: list[tuple[Any, Compiled]] = []
         # Whether the model is patched by this handle.
         self.patched = False
         self._uninstall: weakref.finalize[..., PreTrainedModel] | None = None
@@ -178,6 +181,31 @@ class PagedHandle:
     def say(self, support: Support) -> None:
         """Tell the user once why something does not run natively; raise ValueError if `strict`."""
         self._voice.say(support, strict=self.config.strict)
+
+    def compiled(self, model: PreTrainedModel, compile_config: CompileConfig | None = None) -> Compiled | None:
+        """How forward passes of the model are compiled now; None: they are not.
+
+        Args:
+            compile_config: of this call of `generate`; None: what the user has compiled counts, then our own config.
+        """
+        by_user = None if compile_config else user_compiled(model)
+        key = compile_config or by_user or self.config.compile
+        if not key:
+            return None
+        with patching:
+            for known, compiled in self._compiled:
+                if known is key or known == key:
+                    return compiled
+            if by_user:
+                compiled = Compiled.of_user(self._tell_uncompiled)
+            else:
+                options = compile_config.to_dict() if compile_config else self.config.compile_options
+                compiled = Compiled.by(options, self._tell_uncompiled)
+            self._compiled.append((key, compiled))
+            return compiled
+
+    def _tell_uncompiled(self, reason: str) -> None:
+        self.tell(f"its forward pass over blocks cannot be compiled ({reason})", "it runs uncompiled")
 
     def tell(self, reason: str, consequence: str) -> None:
         """Tell the user once why something runs natively, and yet not as it could."""

@@ -15,8 +15,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from torch_paged.hf.call import current, in_native_call
-from torch_paged.hf.family import family
+from torch_paged.hf.call import current, in_compiled_call, in_native_call
+from torch_paged.hf.family import converts_mask
 from torch_paged.hf.implementation import NAME, previous
 
 
@@ -27,11 +27,13 @@ def paged_mask(*args: Any, config: Any, mask_function: Callable[..., Any] = caus
     built. Any other mask, and all of them without a PagedCache in the call or in calls that gather, is that of the mask
     function the model had before the patch.
     """
+    if in_compiled_call() and not kwargs.get("use_vmap"):
+        return _NO_MASK if converts_mask(config.model_type) else None
     # Asked in native calls alone: Dynamo does not trace how a closure is looked into.
     if in_native_call() and not kwargs.get("use_vmap") and (window := _window(mask_function)) is not None:
         assert current.call is not None
         current.call.windows.add(window)
-        return _NO_MASK if family(config.model_type).converts_mask else None
+        return _NO_MASK if converts_mask(config.model_type) else None
     name = previous(config)
     # Implementations without a mask function get none from transformers either.
     if name not in ALL_MASK_ATTENTION_FUNCTIONS:

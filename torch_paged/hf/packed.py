@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from torch_paged.hf.announce import announced
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call
+from torch_paged.hf.compiled import Compiled
 from torch_paged.hf.disguise import stock_class
 
 
@@ -58,7 +59,7 @@ def packed_call(
         position_ids = torch.from_numpy(positions).to(input_ids.device)
     if logits_to_keep is None:
         logits_to_keep = torch.from_numpy(num_tokens.cumsum()[num_tokens > 0] - 1).to(input_ids.device)
-    forward = Forward(stock_class(type(model)), model)
+    forward = Forward(stock_class(type(model)), model, Compiled.of(model))
     call = Call(len(num_tokens), 0, native=True, packed=num_tokens, deterministic=deterministic)
     inputs |= dict(input_ids=input_ids[None], position_ids=position_ids[None])
     return forward.packed(cache, call, inputs, logits_to_keep)
@@ -71,15 +72,21 @@ class Forward:
     Attributes:
         base: the class.
         model: the patched model.
+        compiled: how packed passes are compiled, if they are.
     """
 
     base: Any
     model: PreTrainedModel
+    compiled: Compiled | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not compiled, also in a compiled model: the tables of a PagedCache are edited in Python.
-        run = self.base.__call__ if self.model._compiled_call_impl is None else self.base._call_impl
-        return run(self.model, *args, **kwargs)
+        model = self.model
+        compiled = getattr(model.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+        if compiled is not None and not model._forward_hooks and not model._forward_pre_hooks:
+            return compiled(*args, **kwargs)
+        run = self.base.__call__ if model._compiled_call_impl is None else self.base._call_impl
+        return run(model, *args, **kwargs)
 
     def packed(self, cache: PagedCache, call: Call, inputs: dict[str, Any], logits_to_keep: Tensor) -> Any:
         """The pass `call`, which is packed, over `inputs`; logits of the tokens `logits_to_keep` alone."""
@@ -87,10 +94,16 @@ class Forward:
         takes = self.parameters
         if "position_ids" not in takes:
             inputs.pop("position_ids", None)
-        if "logits_to_keep" in takes:
-            inputs["logits_to_keep"] = logits_to_keep
         with announced(cache, call):
+            if self.compiled is not None:
+                outputs = self.compiled(self.model, self.base, cache, call, inputs, logits_to_keep)
+                if outputs is not None:
+                    return outputs
+            if "logits_to_keep" in takes:
+                inputs["logits_to_keep"] = logits_to_keep
             outputs = self(**inputs)
+        if self.compiled is not None:
+            self.compiled.saw(cache)
         if "logits_to_keep" not in takes:
             outputs["logits"] = outputs["logits"][:, logits_to_keep]
         return outputs

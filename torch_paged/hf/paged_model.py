@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import CompileConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
 from torch_paged.hf.announce import announced, make_call
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention, current
+from torch_paged.hf.compiled import is_plain
+from torch_paged.hf.decode_step import run_decode_step
 from torch_paged.hf.disguise import disguise
 from torch_paged.hf.leaving import beams_leaving, leaving, tell_of_beams
 from torch_paged.hf.packed import Forward
@@ -78,6 +80,27 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
                 # Nothing but the stock model, with nothing of ours for Dynamo to trace.
                 return base.__call__(self, *args, **kwargs)
             return _announced_call(base, handle, self, named, args, kwargs)
+
+        def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+            stock: Callable[..., Any] = base.get_compiled_call(self, compile_config)
+            wanted = compile_config or self._default_compile_config()
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                named = dict(zip(parameters[1:], args, strict=False)) | kwargs
+                if not handle.patched or not isinstance(named.get("past_key_values"), PagedCache):
+                    return stock(*args, **kwargs)
+                return _announced_call(base, handle, self, named, args, kwargs, wanted)
+
+            return call
+
+        def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+            cache = model_kwargs.get("past_key_values")
+            if isinstance(cache, PagedCache):
+                if generation_config.compile_config is None:
+                    return False
+                model_kwargs = model_kwargs | {"past_key_values": _COMPILABLE}
+            valid: bool = base._valid_auto_compile_criteria(self, model_kwargs, generation_config)
+            return valid
 
     hooks = features.probe()
     if hooks["_prefill"]:
@@ -149,23 +172,40 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
 
         Paged._update_model_kwargs_for_generation = _update_model_kwargs_for_generation
 
+    Paged._torch_paged_compiled = staticmethod(handle.compiled)
     # Copies and pickles are of the stock class: the patch belongs to this instance alone.
     disguise(Paged, base)
     return Paged
 
 
+class _Compilable:
+    """What stock asks whether a model may be compiled over it."""
+
+    is_compileable = True
+
+
+_COMPILABLE = _Compilable()
+
+
 # Not compiled, also in a compiled model: the tables of a PagedCache are edited in Python.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _announced_call(
-    base: type[Any], handle: PagedHandle, model: Any, named: dict[str, Any], args: Any, kwargs: dict[str, Any]
+    base: type[Any],
+    handle: PagedHandle,
+    model: Any,
+    named: dict[str, Any],
+    args: Any,
+    kwargs: dict[str, Any],
+    compile_config: CompileConfig | None = None,
 ) -> Any:
     """A call whose PagedCache, if it has one, knows what it stores and whether attention reads the blocks.
 
     Args:
         base: the stock class of `model`.
         named: `args` and `kwargs` by name.
+        compile_config: of this call of `generate`.
     """
-    run = Forward(base, model)
+    run = Forward(base, model, handle.compiled(model, compile_config))
     cache = named.get("past_key_values")
     if not isinstance(cache, PagedCache):
         with announced(None, None):
@@ -175,15 +215,18 @@ def _announced_call(
     random_state = RandomState() if model.training else None
     try:
         call = make_call(cache, named, native=native, refusal=refusal, say=handle.say)
+        compiles = call is not None and run.compiled is not None and call.native and run.compiled.takes(call)
         if (
             call is not None
             and call.native
-            and (saves_work(cache, call) or cache.state.prefixes is not None)
+            and (saves_work(cache, call) or cache.state.prefixes is not None or compiles)
             and _packs(handle, run, cache)
             and call_problem(run, named) is None
         ):
             if (rows := prompt_rows(cache.state, call, named)) is not None:
                 return run_behind_prefixes(run, cache, call, named, rows)
+            if compiles and call.width == 1 and cache.state.columns.count and is_plain(named):
+                return run_decode_step(run, cache, call, named)
             return run_unpadded(run, cache, call, named)
         with announced(cache, call):
             return run(*args, **kwargs)

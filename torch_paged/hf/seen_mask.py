@@ -21,12 +21,19 @@ class SeenMask:
 
     def see(self, mask: Tensor) -> None:
         """`mask`, int `[num_seqs, columns]`, was read: it shows what is stored once the call with it has run."""
-        self._mask, self._version, self._grown = mask, mask._version, False
+        # What changes a mask made in inference mode is not counted.
+        if mask.is_inference():
+            self.forget()
+        else:
+            self._mask, self._version, self._grown = mask, mask._version, False
 
     def grow(self, before: Any, after: Any) -> None:
         """`after` is `before` with columns of ones appended."""
         if self._mask is not None and before is self._mask and self._mask._version == self._version:
-            self._mask, self._version, self._grown = after, after._version, True
+            if after.is_inference():
+                self.forget()
+            else:
+                self._mask, self._version, self._grown = after, after._version, True
 
     def shows_ones(self, mask: Any, columns: int) -> bool:
         """Whether the last of these columns are ones, and the others what is stored."""

@@ -1,0 +1,243 @@
+"""Compiled decode steps over blocks: stock's tokens, full graphs, and as few of them as there are kinds of steps."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel
+
+import torch_paged
+from torch_paged.hf.step_cache import StepLayer
+
+from .counting import count_calls, messages
+from .graphs import Graphs, fresh_dynamo
+from .models import assert_same_tokens, batch, generate, tiny, twin
+
+RAGGED, ALONE = batch([20, 5, 9]), batch([17])
+NAMES = [
+    "llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "phi", "mixtral"
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    with fresh_dynamo():
+        yield
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny(name)
+    stock = twin(model)
+    graphs = Graphs()
+    handle = torch_paged.patch(model, compile={"backend": graphs}, block_size=4)
+    for number, options in enumerate([{}, {"num_beams": 3, "max_new_tokens": 12}]):
+        actual = generate(model, RAGGED, **options)
+        assert_same_tokens(stock, generate(stock, RAGGED, **options), actual, prompt=RAGGED)
+        assert graphs.compiled == 1, number
+    # Nothing broke a graph: that would have been said, and run uncompiled.
+    assert messages(caplog) == []
+    layers = model.config.num_hidden_layers
+    assert sorted(graphs.ops) == ["attention"] * layers + ["reshape_and_cache"] * layers
+    gc.collect()  # Dynamo leaves cycles
+    assert handle.stats().blocks_used == 0
+
+
+def test_every_decode_step_runs_compiled() -> None:
+    model = tiny("llama")
+    graphs = Graphs()
+    torch_paged.patch(model, compile={"backend": graphs})
+    generate(model, RAGGED, eos_token_id=None, max_new_tokens=11)
+    # The prefill gave the first token.
+    assert graphs.runs == 10
+    # Modes that see every op see them in uncompiled steps.
+    with count_calls() as calls:
+        generate(model, RAGGED, eos_token_id=None, max_new_tokens=11)
+    assert calls["paged.attention"] == 11 * 3
+
+
+def test_number_of_graphs() -> None:
+    model = tiny("llama")
+    graphs = Graphs()
+    handle = torch_paged.patch(model, compile={"backend": graphs}, block_size=4)
+    generate(model, RAGGED, eos_token_id=None)
+    assert graphs.compiled == 1
+    # Longer sequences, a second generate with a new cache, other numbers of rows.
+    generate(model, RAGGED, eos_token_id=None, max_new_tokens=70)
+    generate(model, batch([30, 31, 7, 9, 12, 2, 40]), eos_token_id=None)
+    cache = torch_paged.PagedCache(model.config, block_size=4, max_memory="1MiB")
+    generate(model, RAGGED, eos_token_id=None, past_key_values=cache)
+    assert graphs.compiled == 1
+    del cache
+    # A row by itself.
+    generate(model, ALONE, eos_token_id=None)
+    generate(model, batch([40]), eos_token_id=None, max_new_tokens=50)
+    assert graphs.compiled == 2
+    assert handle.stats().blocks_used == 0
+
+
+def test_rows_that_leave_compile_nothing() -> None:
+    model = tiny("llama")
+    stock = twin(model)
+    free = generate(stock, RAGGED, eos_token_id=None)[:, 20:]
+    # Rows end one after the other.
+    eos = next(
+        int(token)
+        for token in free[0]
+        if sorted({_first(row, int(token)) for row in free})[0] < _last(free, int(token))
+    )
+    expected = generate(stock, RAGGED, eos_token_id=eos)
+    graphs = Graphs()
+    torch_paged.patch(model, compile={"backend": graphs})
+    assert_same_tokens(stock, expected, generate(model, RAGGED, eos_token_id=eos), prompt=RAGGED)
+    assert graphs.compiled <= 2
+
+
+def _first(row: Tensor, token: int) -> int:
+    places = (row == token).nonzero()
+    return int(places[0]) if len(places) else len(row)
+
+
+def _last(rows: Tensor, token: int) -> int:
+    return max(_first(row, token) for row in rows)
+
+
+def _by_forward(model: PreTrainedModel, backend: Any) -> dict[str, Any]:
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    return {}
+
+
+def _by_compile(model: PreTrainedModel, backend: Any) -> dict[str, Any]:
+    model.compile(backend=backend, fullgraph=True)
+    return {}
+
+
+def _by_config(model: PreTrainedModel, backend: Any) -> dict[str, Any]:
+    # A copy of an object would count for itself.
+    config = CompileConfig(fullgraph=True, backend=lambda *args: backend(*args), mode=None)
+    config._compile_all_devices = True
+    return {"compile_config": config}
+
+
+@pytest.mark.parametrize("how", [_by_forward, _by_compile, _by_config])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_ways_to_compile(name: str, how: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny(name)
+    stock = twin(model)
+    torch_paged.patch(model, strict=True, block_size=4)
+    graphs = Graphs()
+    options = how(model, graphs)
+    for inputs in (RAGGED, batch([30, 4, 11, 6])):
+        actual = generate(model, inputs, **options)
+        assert_same_tokens(stock, generate(stock, inputs), actual, prompt=inputs)
+    # Decode steps, and what else the user compiles: prefills after the one that shows what the model's masks are.
+    assert graphs.compiled == (1 if how is _by_config else 2)
+    assert messages(caplog) == []
+    torch_paged.unpatch(model)
+    assert type(model) is type(stock)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes(mode: Any) -> None:
+    model = tiny("llama")
+    torch_paged.patch(model)
+    context: AbstractContextManager[None] = mode()
+    with context:
+        expected = generate(model, RAGGED)
+    torch_paged.unpatch(model)
+    graphs = Graphs()
+    torch_paged.patch(model, compile={"backend": graphs})
+    with mode():
+        assert torch.equal(generate(model, RAGGED), expected)
+        assert torch.equal(generate(model, RAGGED), expected)
+    assert graphs.compiled == 1 and graphs.runs > 0
+
+
+def test_code_that_computes_with_new_keys_gathers(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("llama")
+    stock = twin(model)
+    graphs = Graphs()
+    torch_paged.patch(model, compile={"backend": graphs})
+    update = StepLayer.update
+
+    def touched(self: StepLayer, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        key, value = update(self, key, value)
+        return key * 1, value
+
+    with mock.patch.object(StepLayer, "update", touched):
+        actual = generate(model, RAGGED)
+    assert_same_tokens(stock, generate(stock, RAGGED), actual, prompt=RAGGED)
+    assert graphs.runs == 0
+    (said,) = messages(caplog)
+    assert "LlamaForCausalLM" in said and "cannot be compiled" in said and said.endswith("runs uncompiled")
+
+
+def test_a_model_that_does_not_trace_runs_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("llama")
+    stock = twin(model)
+
+    def untraceable(graph: Any, inputs: Any) -> Any:
+        raise NotImplementedError("no such backend")
+
+    torch_paged.patch(model, compile={"backend": untraceable})
+    for _ in range(2):
+        assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED), prompt=RAGGED)
+    (said,) = messages(caplog)
+    assert "no such backend" in said
+
+
+def test_an_exception_in_a_compiled_step() -> None:
+    model = tiny("llama")
+    stock = twin(model)
+    graphs = Graphs()
+    handle = torch_paged.patch(model, compile={"backend": graphs})
+
+    def raising(graph: Any, inputs: Any) -> Any:
+        run = graphs(graph, inputs)
+
+        def stumble(*args: Any) -> Any:
+            if graphs.runs == 5:
+                graphs.runs += 1
+                raise ArithmeticError("in a kernel")
+            return run(*args)
+
+        return stumble
+
+    handle = torch_paged.patch(model, compile={"backend": raising})
+    with pytest.raises(ArithmeticError):
+        generate(model, RAGGED)
+    assert handle.stats().blocks_used == 0
+    assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED), prompt=RAGGED)
+    torch_paged.unpatch(model)
+    assert type(model) is type(stock)
+    assert torch.equal(generate(stock, RAGGED), generate(model, RAGGED))
+
+
+def test_generate_many() -> None:
+    model = tiny("llama")
+    prompts = [torch.arange(3, 3 + length).tolist() for length in (20, 5, 9, 30)]
+    options = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    torch_paged.patch(model)
+    expected = [result.sequences[0].tolist() for result in torch_paged.generate_many(model, prompts, **options)]
+    torch_paged.unpatch(model)
+    graphs = Graphs()
+    torch_paged.patch(model, compile={"backend": graphs})
+    actual = [result.sequences[0].tolist() for result in torch_paged.generate_many(model, prompts, **options)]
+    assert sorted(actual) == sorted(expected)
+    assert graphs.compiled == 1 and graphs.runs == 9
+
+
+@pytest.mark.parametrize(
+    ("compile", "error", "message"),
+    [("yes", TypeError, "compile: str; must be a bool or a dict"), ({"back": 1}, ValueError, "compile: back; must be")],
+)
+def test_rejects(compile: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        torch_paged.patch(tiny("llama"), compile=compile)
