@@ -129,7 +129,10 @@ cudaError_t copy(const std::vector<LayerCopy>& layers, const int64_t* host_pairs
   for (const LayerCopy& layer : layers) {
     append_runs(layer, host_pairs, order, runs);
     bytes += num_pairs * layer.sizes[1] * layer.sizes[2] * layer.sizes[3] * layer.element_size;
-    for (const void* side : {static_cast<const void*>(layer.src), static_cast<const void*>(layer.dst)}) {
+    // Of blocks that are copied: others may have no memory behind them.
+    const void* const src = layer.src + host_pairs[0] * layer.src_strides[0];
+    const void* const dst = layer.dst + host_pairs[1] * layer.dst_strides[0];
+    for (const void* side : {src, dst}) {
       bool side_mapped = false;
       if (const cudaError_t error = is_mapped(side, side_mapped)) return error;
       mapped = mapped && side_mapped;

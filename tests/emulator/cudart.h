@@ -10,3 +10,6 @@ using LaunchCallback = int (*)(const void* fat_binary, const char* kernel, const
 // How many pieces of work were put on streams, and how many of them the host has waited for.
 int64_t& work_launched();
 int64_t& work_finished();
+
+// False for addresses that the device's memory is reserved at, and not mapped.
+bool has_memory(const void* address);

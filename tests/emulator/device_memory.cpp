@@ -159,6 +159,13 @@ const std::map<std::string, void*>& functions() {
 
 }  // namespace
 
+bool has_memory(const void* address) {
+  const CUdeviceptr at = reinterpret_cast<CUdeviceptr>(address);
+  if (!is_reserved(at, 1)) return true;
+  const auto after = mapped.upper_bound(at);
+  return after != mapped.begin() && at < std::prev(after)->first + std::prev(after)->second.size;
+}
+
 extern "C" {
 
 void* __wrap_dlopen(const char* name, int) {

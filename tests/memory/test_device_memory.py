@@ -7,6 +7,7 @@ from conftest import PAGE
 
 from tests.emulator.device_memory import collect_garbage
 from tests.emulator.findings import Finding
+from tests.emulator.library import emulated_ops
 from tests.memory.small_pool import HEAD_DIM, HEADS, small_pool
 from torch_paged import ops
 from torch_paged.memory import BlockTables, PoolExhausted, PrefixIndex, block_keys, root_key
@@ -125,6 +126,25 @@ def test_blocks_with_memory_serve_where_lower_ones_have_none(gpu):
     pool.trim()
     high.append(counts(BLOCK_SIZE))
     assert high.blocks(0)[-1] == 0
+
+
+def test_blocks_are_swapped_by_a_kernel_whatever_lies_before_them(gpu):
+    """Whether a kernel may read a cache is asked of a block that has memory."""
+    launches = emulated_ops().num_launches
+    pool = big_pool()
+    low, high = BlockTables(pool, 1), BlockTables(pool, 1)
+    low.append(counts(8 * BLOCK_SIZE))
+    high.append(counts(2 * BLOCK_SIZE))
+    for n, cache in enumerate(caches(pool)):
+        cache[8:10] = n + 1
+    low.release()
+    pool.trim()
+    saved = pool.save_blocks(counts(9))
+    assert emulated_ops().num_launches == launches + 1
+    assert [set(part.flatten().tolist()) for part in saved] == [{1}, {3}, {2}, {4}]  # keys, then values
+    pool.load_blocks([part + 4 for part in saved], counts(8))
+    assert emulated_ops().num_launches == launches + 2
+    assert [set(cache[8].flatten().tolist()) for cache in caches(pool)] == [{5}, {6}, {7}, {8}]
 
 
 def test_remembered_prefixes_give_way_where_the_device_is_full(gpu):
