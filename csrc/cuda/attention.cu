@@ -29,7 +29,7 @@ AttentionKernel tile_kernel(int64_t dim, int rows, std::index_sequence<kIndex...
 // The kernel with tiles of `rows`, or the largest below that was compiled.
 AttentionKernel find_kernel(const AttentionRequest& request, int rows) {
   const int64_t dim = std::max(request.call.head_dim, request.call.v_head_dim);
-  if (request.type == Element::kFloat32) return attention_fma_of(int(dim));
+  if (request.type == Element::kFloat32) return attention_fma_of(int(dim), rows);
   constexpr auto dims = std::make_index_sequence<std::size(kTileDims)>();
   for (;; rows /= 2) {
     const AttentionKernel kernel = request.type == Element::kBFloat16 ? tile_kernel<__nv_bfloat16>(dim, rows, dims)

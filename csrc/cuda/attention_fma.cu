@@ -5,19 +5,19 @@
 namespace paged::cuda {
 namespace {
 
-template <int kDim>
+template <int kDim, int kRows>
 AttentionKernel describe() {
-  using Shape = FmaShape<kDim>;
+  using Shape = FmaShape<kDim, kRows>;
   return {reinterpret_cast<const void*>(&attention_fma_kernel<Shape>), Shape::kRows, Shape::kKeys, Shape::kThreads,
           Shape::kSharedBytes};
 }
 
 }  // namespace
 
-AttentionKernel attention_fma_of(int dim) {
-  if (dim <= 128) return describe<128>();
-  if (dim <= 256) return describe<256>();
-  return describe<512>();
+AttentionKernel attention_fma_of(int dim, int rows) {
+  if (dim <= 128) return rows <= 16 ? describe<128, 16>() : describe<128, 32>();
+  if (dim <= 256) return describe<256, 16>();
+  return describe<512, 16>();
 }
 
 }  // namespace paged::cuda

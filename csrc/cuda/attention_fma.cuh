@@ -7,16 +7,18 @@
 
 namespace paged::cuda {
 
-// 16 packed query rows, each worked on by 8 neighbouring lanes, which share its keys and then its dimensions.
-template <int kDimension>
+// 16 or 32 packed query rows, each worked on by 8 neighbouring lanes, which share its keys and then its dimensions.
+// Twice the rows are twice the threads: as many warps of an SM, which bring each key half as often.
+template <int kDimension, int kQueryRows>
 struct FmaShape {
-  static constexpr int kDim = kDimension, kRows = 16, kRowLanes = 8, kThreads = kRows * kRowLanes;
+  static constexpr int kDim = kDimension, kRows = kQueryRows, kRowLanes = 8, kThreads = kRows * kRowLanes;
+  static constexpr int kMinBlocks = 256 / kThreads;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kKeys = kDim <= 256 ? 32 : 16;
   static constexpr int kStages = kDim <= 128 ? 2 : 1;
   static constexpr int kStride = SharedRows<float, kDim>::kStride;
   static constexpr int kTileElements = kKeys * kStride;
-  static constexpr int kWeightStride = kKeys + 1;
+  static constexpr int kWeightStride = kKeys + kRowLanes;  // the 4 rows of a warp begin 8 banks apart
   static constexpr int kSharedBytes = 4 * (kRows * kStride + 2 * kStages * kTileElements + kRows * kWeightStride);
   static_assert(kSharedBytes <= 99 * 1024);
 };
@@ -120,7 +122,7 @@ class LaneTile {
 
 // Grid: tiles of query rows, KV heads, splits of the keys.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     attention_fma_kernel(const __grid_constant__ AttentionParams params) {
   extern __shared__ __align__(128) float shared_floats[];
   float* const query = shared_floats;

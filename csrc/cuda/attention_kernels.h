@@ -16,8 +16,8 @@ struct AttentionKernel {
 template <typename T, int kDim>
 AttentionKernel attention_tile_of(int rows);
 
-// The float32 kernel for head dimensions up to `dim`.
-AttentionKernel attention_fma_of(int dim);
+// The float32 kernel for head dimensions up to `dim`, with tiles of up to `rows`.
+AttentionKernel attention_fma_of(int dim, int rows);
 
 struct MergeKernel {
   const void* function;  // takes AttentionParams and the tile's rows; grid: query tiles, KV heads, rows / rows_a_block

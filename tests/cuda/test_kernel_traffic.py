@@ -26,9 +26,9 @@ def samples():
     yield "prefill", {"rows": [(70, 90)], "head_dim": 128}
 
 
-def costs(sizes):
+def costs(sizes, dtype=torch.bfloat16):
     """Return, by space, opcode and line: bytes, units of cost, and the least for so many bytes."""
-    batch = paged_batch(num_heads=8, num_kv_heads=2, dtype=torch.bfloat16, **sizes)
+    batch = paged_batch(num_heads=8, num_kv_heads=2, dtype=dtype, **sizes)
     with emulated("attention"), emulated_ops().counting() as traffic:
         ops.attention(**batch.arguments)
     sums = defaultdict(lambda: [0, 0, 0])
@@ -48,7 +48,24 @@ def test_pages_come_in_whole_sectors_and_without_bank_conflicts(sizes):
     assert sum(num_bytes for num_bytes, *_ in copies.values()) >= 2 * 2 * tokens * sizes["head_dim"] * 2
     assert all(sectors == least for _, sectors, least in copies.values()), copies
 
-    loop = {key: cost for key, cost in found.items() if key[0] == "shared" and not key[2].startswith(AFTER_THE_LOOP)}
+    loop = in_the_loop(found)
     assert any("ldmatrix" in opcode for _, opcode, _ in loop)
-    conflicts = {key: wavefronts / least for key, (_, wavefronts, least) in loop.items() if wavefronts > 2 * least}
-    assert conflicts == {}
+    assert conflicts(loop) == {}
+
+
+@pytest.mark.parametrize("head_dim", (64, 80, 128, 192, 256, 512))
+@pytest.mark.parametrize("rows", ([(1, 70), (1, 40)], [(21, 50)]), ids=("decode", "prefill"))
+def test_float32_without_bank_conflicts(rows, head_dim):
+    loop = in_the_loop(costs({"rows": rows, "head_dim": head_dim}, torch.float32))
+    assert any(opcode.startswith("st.shared") for _, opcode, _ in loop)
+    assert any(opcode.startswith("ld.shared.v4") for _, opcode, _ in loop)
+    assert conflicts(loop) == {}
+
+
+def in_the_loop(found):
+    return {key: cost for key, cost in found.items() if key[0] == "shared" and not key[2].startswith(AFTER_THE_LOOP)}
+
+
+def conflicts(loop):
+    """Of more than two ways, by access."""
+    return {key: wavefronts / least for key, (_, wavefronts, least) in loop.items() if wavefronts > 2 * least}
