@@ -14,6 +14,8 @@ from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.handle import PagedHandle, patching
 
 _handles: weakref.WeakKeyDictionary[nn.Module, PagedHandle] = weakref.WeakKeyDictionary()
+# How many borrow a model that nobody else has patched.
+_borrowers: weakref.WeakKeyDictionary[PagedHandle, int] = weakref.WeakKeyDictionary()
 
 
 def patch(model: nn.Module, **knobs: Any) -> PagedHandle:
@@ -35,16 +37,9 @@ def patch(model: nn.Module, **knobs: Any) -> PagedHandle:
         ValueError: `model` cannot generate, a knob is out of range, or `strict` and the model does not run natively.
         RuntimeError: other knobs while a cache of the model holds blocks.
     """
-    config = PagedConfig(**knobs)
-    inner = unwrap(model)
     with patching:
-        handle = _handles.get(inner)
-        if handle is not None and handle.patched:
-            handle.reconfigure(config)
-            return handle
-        handle = PagedHandle(inner, config)
-        handle.install()
-        _handles[inner] = handle
+        handle = _patch(unwrap(model), PagedConfig(**knobs))
+        _borrowers.pop(handle, None)
         return handle
 
 
@@ -79,7 +74,7 @@ def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
     with patching:
         outer = _handles.get(inner)
         settings = outer.settings if outer is not None and outer.patched else None
-        handle = patch(inner, **knobs)
+        handle = _patch(inner, PagedConfig(**knobs))
     try:
         yield handle
     finally:
@@ -88,6 +83,38 @@ def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
                 unpatch(inner)
             else:
                 handle.settings = settings
+
+
+@contextmanager
+def borrowed(model: PreTrainedModel) -> Iterator[PagedHandle]:
+    """The handle of a model that is patched meanwhile: by its owner, or for all who borrow it at the same time."""
+    with patching:
+        handle = handle_of(model)
+        if handle is None:
+            handle = _patch(model, PagedConfig())
+            _borrowers[handle] = 0
+        if handle in _borrowers:
+            _borrowers[handle] += 1
+    try:
+        yield handle
+    finally:
+        with patching:
+            if handle in _borrowers:
+                _borrowers[handle] -= 1
+                if not _borrowers[handle]:
+                    del _borrowers[handle]
+                    unpatch(model)
+
+
+def _patch(model: PreTrainedModel, config: PagedConfig) -> PagedHandle:
+    handle = _handles.get(model)
+    if handle is not None and handle.patched:
+        handle.reconfigure(config)
+        return handle
+    handle = PagedHandle(model, config)
+    handle.install()
+    _handles[model] = handle
+    return handle
 
 
 def handle_of(model: PreTrainedModel) -> PagedHandle | None:

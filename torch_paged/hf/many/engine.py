@@ -108,8 +108,9 @@ class Engine:
 
     def _drop_cancelled_and_late(self) -> None:
         running = [self._rows.sequence(row) for row in self._rows.used.tolist()]
-        for sequence in [*running, *self._waiting]:
-            if (reason := self._reason_to_end(sequence)) is not None:
+        ending = [(each, self._reason_to_end(each)) for each in [*running, *self._waiting]]
+        for sequence, reason in ending:
+            if reason is not None:
                 self._end(sequence, reason)
 
     def _reason_to_end(self, sequence: Sequence) -> FinishReason | None:

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from torch_paged.hf.handle import PagedHandle
 from torch_paged.hf.many.assistant import Assistant
 from torch_paged.hf.many.batch import Batch
 from torch_paged.hf.many.engine import Engine
 from torch_paged.hf.many.prepare import prompt_ids
-from torch_paged.hf.many.request import GenerationRequest, GenerationResult, NewTokens
+from torch_paged.hf.many.request import GenerationRequest, GenerationResult, NewTokens, check_fields, id_of
 from torch_paged.hf.many.sequence import Sequence as RunningSequence
 from torch_paged.hf.many.stats import ManyStats, now
-from torch_paged.hf.patch import handle_of, paged, unwrap
+from torch_paged.hf.patch import borrowed, unwrap
 from torch_paged.hf.support import Path, Support
 
 Prompt = Tensor | Sequence[int]
@@ -82,7 +81,7 @@ def generate_many(
         An iterator over GenerationResult (and NewTokens), with `cancel`, `stats` and `close`.
 
     Raises:
-        TypeError: `model` or `assistant_model` is no transformers model.
+        TypeError: `model` or `assistant_model` is no transformers model, or `requests` cannot be iterated over.
         ValueError: a number is out of range, a model cannot generate, or the assistant's rows cannot share passes.
     """
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
@@ -91,6 +90,8 @@ def generate_many(
             raise ValueError(f"{name}: {value!r}; must be an int, at least {least}")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout: {timeout!r}; must be more than 0 seconds, or None")
+    if not isinstance(requests, Iterable):
+        raise TypeError(f"requests: {type(requests).__name__}; must be an iterable of requests or prompts")
     many = GenerateMany.__new__(GenerateMany)
     defaults = _Defaults(generation_config, options, timeout)
     many._begin(
@@ -125,11 +126,11 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
     ) -> None:
         self._lock = threading.RLock()
         self._events: deque[GenerationResult | NewTokens] = deque()
-        self._more = True
+        self._more, self._in_step = True, False
         self._exit = ExitStack()
         num_rows, max_tokens = sizes
         with ExitStack() as stack:
-            handle = _patched(model, stack)
+            handle = stack.enter_context(borrowed(model))
             batch = Batch(model, handle, num_rows, deterministic)
             problem = batch.problem
             if problem is not None:
@@ -150,22 +151,33 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
 
     def __next__(self) -> GenerationResult | NewTokens:
         with self._lock:
+            if self._in_step:
+                raise RuntimeError("a request's own code asked for the next result while it is made; must wait for it")
             while not self._events:
                 if not self._more:
                     self.close()
                     raise StopIteration
-                try:
-                    events, self._more = self._engine.step()
-                except BaseException:
-                    self.close()
-                    raise
-                self._events.extend(events)
-                if not self._more:
-                    self._release()
+                self._step()
             event = self._events.popleft()
         if self._bar is not None and isinstance(event, GenerationResult):
             self._bar.update()
         return event
+
+    def _step(self) -> None:
+        self._in_step = True
+        try:
+            events, more = self._engine.step()
+        except BaseException:
+            self._in_step = False
+            self.close()
+            raise
+        self._in_step = False
+        # A request's own code may have closed this meanwhile.
+        if self._more:
+            self._events.extend(events)
+            self._more = more
+        if not self._more:
+            self._release()
 
     def __enter__(self) -> GenerateMany:
         return self
@@ -178,7 +190,10 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
             self.close()
 
     def cancel(self, request_id: Hashable) -> None:
-        """End a request with what it has; its result says "cancelled". From any thread, at any time before its end."""
+        """End a request with what it has; its result says "cancelled". From any thread, at any time before its end.
+
+        Of several with the same id those that were taken by then, or the next one.
+        """
         self._engine.cancel(request_id)
 
     def stats(self) -> ManyStats:
@@ -190,7 +205,8 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
         with self._lock:
             self._more = False
             self._events.clear()
-            self._release()
+            if not self._in_step:
+                self._release()
             if self._bar is not None:
                 self._bar.close()
 
@@ -215,38 +231,35 @@ class _Defaults:
         """A request begins its way."""
         number, self._count = self._count, self._count + 1
         at = now()
-        timeout = self._timeout if request.timeout is None else request.timeout
         error = None
         tokens = np.empty(0, dtype=np.int64)
+        merged = request
         try:
+            check_fields(request)
             tokens = prompt_ids(request)
         except Exception as raised:
-            error = raised
-        merged = request
-        if request.generation_config is None:
-            merged = replace(request, generation_config=self._config, options={**self._options, **request.options})
+            error, merged = raised, GenerationRequest((), request_id=id_of(request))
+        if merged.generation_config is None:
+            merged = replace(merged, generation_config=self._config, options={**self._options, **merged.options})
+        timeout = self._timeout if merged.timeout is None else merged.timeout
         return RunningSequence(
             asked=request,
             request=merged,
-            request_id=number if request.request_id is None else request.request_id,
+            request_id=number if merged.request_id is None else merged.request_id,
             number=number,
             tokens=tokens,
             num_prompt_tokens=len(tokens),
             taken=at,
             deadline=None if timeout is None else at + timeout,
-            seed=int(torch.randint(2**62, ())) if request.seed is None else request.seed,
+            seed=int(torch.randint(2**62, ())) if merged.seed is None else merged.seed,
             error=error,
         )
-
-
-def _patched(model: PreTrainedModel, stack: ExitStack) -> PagedHandle:
-    return handle_of(model) or stack.enter_context(paged(model))
 
 
 def _assistant(
     model: PreTrainedModel, stack: ExitStack, num_rows: int, max_tokens: int, deterministic: bool
 ) -> Assistant:
-    batch = Batch(model, _patched(model, stack), num_rows, deterministic)
+    batch = Batch(model, stack.enter_context(borrowed(model)), num_rows, deterministic)
     if batch.problem is not None:
         raise ValueError(
             f"assistant_model: {type(model).__name__}; must be a model whose rows can share forward passes, but "

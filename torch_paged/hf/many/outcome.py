@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -59,9 +60,10 @@ class Outcome:
     def returned(self, sequence: Sequence, result: Any, interrupted: FinishReason | None) -> None:
         """What `generate` returned for a sequence alone."""
         sequences = result if isinstance(result, Tensor) else result.sequences
+        assert sequence.prepared is not None
+        sequence.num_prompt_tokens = sequence.prepared.num_prompt_tokens
         new = sequences[:, sequence.num_prompt_tokens :]
         self._counts.new_tokens += new.numel()
-        assert sequence.prepared is not None
         ends = torch.isin(new, torch.from_numpy(sequence.prepared.eos).to(new.device)).any(dim=1).all()
         length = sequences.shape[1] >= sequence.prepared.max_length
         reason = interrupted or ("eos" if ends else "length" if length else "stop")
@@ -102,7 +104,7 @@ class Outcome:
                 sequences=sequences,
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 finish_reason=reason,
-                error=error,
+                error=None if error is None else error.with_traceback(_of_caller(error.__traceback__)),
                 scores=scores,
                 logits=logits,
                 time_to_first_token=sequence.first_token,
@@ -111,3 +113,10 @@ class Outcome:
                 num_cached_tokens=sequence.num_cached_tokens,
             )
         )
+
+
+def _of_caller(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback from where it left this package: frames of ours would keep what their locals hold."""
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("torch_paged."):
+        traceback = traceback.tb_next
+    return traceback

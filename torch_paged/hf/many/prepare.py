@@ -28,6 +28,7 @@ class Prepared:
         max_length: tokens, the prompt's included.
         eos: int64, tokens that end the sequence.
         inputs: what else the model would get.
+        num_prompt_tokens: with which the loop begins: of the decoder, where an encoder has the prompt.
         alone: why this request cannot share forward passes; None if it can.
     """
 
@@ -38,6 +39,7 @@ class Prepared:
     max_length: int
     eos: np.ndarray
     inputs: dict[str, Any]
+    num_prompt_tokens: int
     alone: str | None
 
     @property
@@ -53,7 +55,10 @@ def prompt_ids(request: GenerationRequest) -> np.ndarray:
     Raises:
         ValueError, TypeError: it is empty, of another shape or not of whole numbers.
     """
-    prompt = torch.as_tensor(request.prompt)
+    try:
+        prompt = torch.as_tensor(request.prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"prompt: {type(request.prompt).__name__}; must be token ids") from error
     if prompt.numel() and prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise TypeError(f"prompt: {prompt.dtype}; must be token ids")
     if prompt.ndim == 2 and len(prompt) == 1:
@@ -116,13 +121,13 @@ def _preparing_class(base: Any) -> type[Any]:
             """The cache is one for all requests."""
 
         def _sample(self, input_ids: Tensor, **kwargs: Any) -> Prepared:
-            return _prepared("_sample", **kwargs)
+            return _prepared("_sample", input_ids, **kwargs)
 
         def _assisted_decoding(self, input_ids: Tensor, **kwargs: Any) -> Prepared:
-            return _prepared("_assisted_decoding", **kwargs)
+            return _prepared("_assisted_decoding", input_ids, **kwargs)
 
         def _beam_search(self, input_ids: Tensor, **kwargs: Any) -> Prepared:
-            return _prepared("_beam_search", **kwargs)
+            return _prepared("_beam_search", input_ids, **kwargs)
 
     disguise(Preparing, base)
     return Preparing
@@ -134,6 +139,7 @@ _USUAL = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "past
 
 def _prepared(
     method: str,
+    input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -152,6 +158,7 @@ def _prepared(
         max_length=min(lengths, default=np.iinfo(np.int64).max),
         eos=np.concatenate([np.empty(0, dtype=np.int64), *eos]),
         inputs=inputs,
+        num_prompt_tokens=input_ids.shape[1],
         alone=_alone(method, generation_config, inputs),
     )
 

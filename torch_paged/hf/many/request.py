@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -46,6 +47,29 @@ class GenerationRequest:
     request_id: Hashable = None
 
 
+def check_fields(request: GenerationRequest) -> None:
+    """Raises: TypeError, ValueError, for what `generate` does not look at itself."""
+    if not isinstance(request.options, Mapping):
+        raise TypeError(f"options: {type(request.options).__name__}; must be a mapping")
+    if request.salt is not None and not isinstance(request.salt, str):
+        raise TypeError(f"salt: {type(request.salt).__name__}; must be a str or None")
+    timeout = request.timeout
+    if timeout is not None and (not isinstance(timeout, Real) or isinstance(timeout, bool)):
+        raise TypeError(f"timeout: {type(timeout).__name__}; must be seconds or None")
+    if timeout is not None and timeout != timeout:
+        raise ValueError(f"timeout: {timeout}; must be seconds or None")
+    hash(request.request_id)
+
+
+def id_of(request: GenerationRequest) -> Hashable:
+    """Its own name, if it can be one."""
+    try:
+        hash(request.request_id)
+    except TypeError:
+        return None
+    return request.request_id
+
+
 @dataclass(frozen=True, eq=False)
 class NewTokens:
     """Tokens of one request as they came, with `stream=True`: one, or several where drafts were accepted."""
@@ -63,9 +87,10 @@ class GenerationResult:
         request: as it was given.
         sequences: int64 `[rows, tokens]` on the model's device, what `generate` returns for this request alone; fewer
             tokens where it was cancelled, timed out or failed, the prompt alone where it never ran.
-        num_prompt_tokens: tokens of the prompt.
+        num_prompt_tokens: tokens of the prompt; where an encoder has it, those that the decoder began with.
         finish_reason: "eos", "length" (`max_length`), "stop" (another criterion), "cancelled", "timeout" or "error".
-        error: what was raised for this request; None without an error.
+        error: what was raised for this request; None without an error. Its traceback leaves the frames out that would
+            keep logits alive.
         scores, logits: float32 `[1, vocabulary]` for each new token, where the config has `return_dict_in_generate` and
             `output_scores` or `output_logits`; else None.
         time_to_first_token: seconds from when the request was taken from the requests; None without a token.
