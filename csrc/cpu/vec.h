@@ -122,6 +122,8 @@ PAGED_INLINE void narrow(Float16* to, Vec v) {
 }
 #endif
 
+PAGED_INLINE Vec widen(const Float16* from) { return widen(load_as<ShortVec>(from)); }
+
 // A chunk is 2 * kLanes elements of a row in two vectors. For bfloat16 they are the even and the odd elements: a shift
 // and a mask instead of two widening shuffles. Sums over a row do not care, and `store_chunk` undoes the order.
 constexpr int kChunk = 2 * kLanes;
@@ -131,9 +133,7 @@ struct Chunk {
 };
 
 PAGED_INLINE Chunk load_chunk(const float* from) { return {load(from), load(from + kLanes)}; }
-PAGED_INLINE Chunk load_chunk(const Float16* from) {
-  return {widen(load_as<ShortVec>(from)), widen(load_as<ShortVec>(from + kLanes))};
-}
+PAGED_INLINE Chunk load_chunk(const Float16* from) { return {widen(from), widen(from + kLanes)}; }
 PAGED_INLINE Chunk split(BitVec pairs) { return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000)}; }
 PAGED_INLINE Chunk load_chunk(const BFloat16* from) { return split(load_as<BitVec>(from)); }
 
