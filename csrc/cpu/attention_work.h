@@ -16,10 +16,12 @@ struct AttentionWork {
   int64_t partial;  // where the piece's partial result begins, in floats; -1: the piece writes the output itself
 };
 
-constexpr int64_t kDecodeRows = 8;    // up to this many rows read K and V in place
-constexpr int64_t kPrefillRows = 64;  // rows that share one packed tile of K and V
-constexpr int64_t kTileKeys = 64;     // keys between two updates of the softmax
-constexpr int64_t kPadding = 32;      // floats; packed rows are zero-padded to a multiple, two vectors of any machine
+constexpr int64_t kDecodeRows = 8;  // up to this many rows read K and V in place
+// Rows that share one packed tile of K and V. 2 cores of a 4th generation Xeon, prefill of 2,048 tokens, 32/8x128,
+// GFLOP/s with 64 and 128 rows: bfloat16 248 and 261, float32 220 and 236; of 512 tokens 226 and 246, 217 and 229.
+constexpr int64_t kPrefillRows = 128;
+constexpr int64_t kTileKeys = 64;  // keys between two updates of the softmax
+constexpr int64_t kPadding = 32;   // floats; packed rows are zero-padded to a multiple, two vectors of any machine
 
 static inline int64_t padded(int64_t size) { return (size + kPadding - 1) / kPadding * kPadding; }
 
