@@ -177,6 +177,18 @@ def test_samples_are_remembered_with_their_own_continuations() -> None:
     assert_as_stock(stock, again, actual)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_prompt_of_pads_alone_is_stocks(rows: int) -> None:
+    stock = tiny("llama")
+    model = twin(stock)
+    handle = remembering(model)
+    inputs = batch([9] * rows)
+    inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
+    _, actual = computed(model, inputs)
+    assert torch.equal(actual, generate(stock, inputs, eos_token_id=None, max_new_tokens=6))
+    assert handle.stats().blocks_used == handle.stats().blocks_cached
+
+
 def test_nothing_is_remembered_unasked() -> None:
     model = tiny("llama")
     handle = torch_paged.patch(model, block_size=BLOCK)

@@ -250,6 +250,33 @@ def test_threads_that_press_one_another_all_finish() -> None:
     assert handle.stats().blocks_used == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32], ids=str)
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    stock = tiny("llama")
+    model = twin(stock)
+    inputs = batch(LENGTHS)
+    expected = generate(stock, inputs, max_new_tokens=NEW, eos_token_id=None)
+    mask = inputs["attention_mask"]
+    handle = small(model, 15)
+    with counted() as counts:
+        actual = generate(model, inputs | {"attention_mask": mask.to(dtype)}, max_new_tokens=NEW, eos_token_id=None)
+    assert_same_tokens(stock, expected, actual, inputs)
+    assert counts["preempted"] > 0 == handle.stats().blocks_used
+
+
+@pytest.mark.parametrize("kind", ["guidance", "mask"])
+def test_what_cannot_be_divided_runs_out_of_blocks(kind: str) -> None:
+    """Guidance decodes rows of its own; a mask of more columns than the prompt has means what only stock knows."""
+    model, inputs = tiny("llama"), batch(LENGTHS)
+    options: dict[str, Any] = {"guidance_scale": 1.5} if kind == "guidance" else {}
+    if kind == "mask":
+        inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+    handle = small(model, 15)
+    with pytest.raises(PoolExhausted):
+        generate(model, inputs, max_new_tokens=NEW, eos_token_id=None, **options)
+    assert handle.stats().blocks_used == 0
+
+
 class _Streamer(BaseStreamer):  # type: ignore[misc]
     def put(self, value: Any) -> None: ...
 

@@ -219,6 +219,7 @@ def _announced_call(
         if (
             call is not None
             and call.native
+            and call.num_tokens.any()
             and (saves_work(cache, call) or cache.state.prefixes is not None or compiles)
             and _packs(handle, run, cache)
             and call_problem(run, named) is None

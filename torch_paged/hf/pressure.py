@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention
@@ -54,7 +59,9 @@ def sample(
     """
     cache = kwargs.get("past_key_values")
     stock = functools.partial(stock, generation_config=generation_config)
-    if not isinstance(cache, PagedCache) or not _may_wait(handle, forward, cache, generation_config, kwargs):
+    if not isinstance(cache, PagedCache) or not _may_wait(
+        handle, forward, cache, generation_config, input_ids, logits_processor, kwargs
+    ):
         return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
     progress = Progress(stopping_criteria, input_ids)
     try:
@@ -65,7 +72,8 @@ def sample(
         exhausted = error.with_traceback(None)
     kwargs = {name: value for name, value in kwargs.items() if name in _INPUTS}
     mask = kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
+    # A mask of any dtype, as stock takes it.
+    mask = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
     kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, progress.ids.shape[1] - mask.shape[1]), value=1)
     kwargs.pop("position_ids", None)
     if works_row_by_row(logits_processor, stopping_criteria) and end_alone(stopping_criteria):
@@ -80,7 +88,13 @@ def sample(
 
 
 def _may_wait(
-    handle: PagedHandle, forward: Forward, cache: PagedCache, config: GenerationConfig, kwargs: dict[str, Any]
+    handle: PagedHandle,
+    forward: Forward,
+    cache: PagedCache,
+    config: GenerationConfig,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    kwargs: dict[str, Any],
 ) -> bool:
     """Whether nothing was asked for that needs all rows at once, and the cache is this call's own."""
     model = forward.model
@@ -92,9 +106,15 @@ def _may_wait(
         return False
     if handle.support(model).path is not Path.NATIVE or training_reason(model) or implementation_reason(model):
         return False
+    # It decodes rows of its own beside these, over a cache of its own.
+    if any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in processors):
+        return False
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None:
-        if mask.ndim != 2 or bool((mask[:, :-1] > mask[:, 1:]).any()):
+        if mask.shape != input_ids.shape:
+            return False
+        mask = (mask != 0).long()
+        if bool((mask[:, :-1] > mask[:, 1:]).any()):
             return False
         if positions is not None and bool(((positions != mask.cumsum(1) - 1) & (mask != 0)).any()):
             return False
