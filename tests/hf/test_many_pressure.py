@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 import torch_paged
 from torch_paged import GenerationRequest, GenerationResult, NewTokens, PoolExhausted, generate_many
+from torch_paged.hf.many.room import Room
 
 from .counting import count_tokens
 from .many import BLOCK, BLOCK_BYTES, OPTIONS, admitting_all, assert_answer, prompts, results, run, stock_answer
@@ -39,6 +41,32 @@ def test_more_requests_than_blocks_all_finish(name: str) -> None:
     for number, prompt in enumerate(asked):
         assert_answer(stock, prompt, answers[number], **options)
     assert answers[0].num_preemptions == 0, "the request that has waited longest keeps its blocks"
+
+
+def test_what_ends_first_makes_room_for_what_others_still_get() -> None:
+    """Ends of 11, 6 and 6 blocks in 20: never all at once, so that the third need not wait for the second."""
+    model = tiny("llama")
+    wishes = [1, 40, 20, 20]  # The first one shows how large blocks are.
+    requests = [
+        GenerationRequest(prompt, options={"max_new_tokens": wish})
+        for prompt, wish in zip(prompts([4] * 4), wishes, strict=True)
+    ]
+    with (
+        torch_paged.paged(model, block_size=BLOCK, max_memory=20 * BLOCK_BYTES),
+        mock.patch.object(Room, "share", 1.0),
+    ):
+        many = generate_many(
+            model,
+            requests,
+            stream=True,
+            max_num_seqs=4,
+            max_num_batched_tokens=4,
+            **(NO_EOS | {"max_new_tokens": None}),
+        )
+        events = list(many)
+    began = next(i for i, e in enumerate(events) if isinstance(e, NewTokens) and e.request_id == 3)
+    ended = next(i for i, e in enumerate(events) if isinstance(e, GenerationResult) and e.request_id == 2)
+    assert began < ended and many.stats().preemptions == 0 and many.stats().finished == 4
 
 
 def test_sampled_tokens_survive_a_preemption() -> None:

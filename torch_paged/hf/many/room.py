@@ -23,10 +23,12 @@ class Room:
     """Guesses how much of the tokens that a sequence may still get it will get, from those that have ended.
 
     Admission by the expected remainder of the sequences that run, with a guess that preemptions raise, is SGLang's
-    `new_token_ratio` (arXiv 2312.07104 and its scheduler). Where the guess is wrong sequences are preempted.
+    `new_token_ratio` (arXiv 2312.07104 and its scheduler). Sequences that end before others make room for what these
+    still get: what counts is the peak over the steps to come (past-future scheduling, arXiv 2507.10150). Where the
+    guess is wrong sequences are preempted.
 
     Args:
-        sure: count on all the tokens that a sequence may get.
+        sure: count on all the tokens that a sequence may get, and on all of them at once.
     """
 
     def __init__(self, sure: bool = False) -> None:
@@ -56,7 +58,7 @@ class Room:
         if not len(used):
             return True
         lengths = np.append(rows.lengths[used], len(sequence.tokens))
-        expected = self._expected(lengths, np.append(rows.max_lengths[used], sequence.prepared.max_length))
+        ends = self._expected(lengths, np.append(rows.max_lengths[used], sequence.prepared.max_length))
         # Pools of one device share its bytes.
         needed: defaultdict[int, int] = defaultdict(int)
         available: dict[int, int] = {}
@@ -66,7 +68,8 @@ class Room:
                 budget.settle()
                 available.setdefault(id(budget), budget.free_bytes)
                 available[id(budget)] += _reclaimable(group) * group.pool.block_bytes
-            needed[id(budget)] += _num_blocks(group, expected) * group.pool.block_bytes
+            blocks = _num_blocks(group, ends).sum() if self._sure else _peak(group, lengths, ends)
+            needed[id(budget)] += int(blocks) * group.pool.block_bytes
         return all(needed[budget] <= nbytes for budget, nbytes in available.items())
 
     def num_fitting(self, rows: Rows, num_blocks: int, block_size: int) -> int:
@@ -81,12 +84,21 @@ class Room:
         return expected
 
 
-def _num_blocks(group: LayerGroup, lengths: np.ndarray) -> int:
+def _peak(group: LayerGroup, lengths: np.ndarray, ends: np.ndarray) -> int:
+    """Blocks that sequences of these lengths hold at most, if each gets a token a step up to its end."""
+    left = np.sort(ends - lengths)
+    # After so many steps, those that have not ended before.
+    lengths = np.where(ends - lengths >= left[:, None], lengths + left[:, None], 0)
+    return int(_num_blocks(group, lengths).sum(axis=1).max())
+
+
+def _num_blocks(group: LayerGroup, lengths: np.ndarray) -> np.ndarray:
     size, window = group.pool.block_size, group.pool.sliding_window
     if window:
         # The window begins and ends within blocks.
         lengths = np.minimum(lengths, window + 2 * size)
-    return int((-(-lengths // size)).sum())
+    blocks: np.ndarray = -(-lengths // size)
+    return blocks
 
 
 def _reclaimable(group: LayerGroup) -> int:
