@@ -7,11 +7,11 @@ from torch_paged.ops.huge_pages import prefer_huge_pages
 
 MAX_BLOCK_SIZE = 256
 
-# Keys lie in rows, as values do. With keys of a block transposed a core scores cached bfloat16 keys faster where several
-# query heads share them (AVX-512, 4 heads of 128: 7.6 ns a key instead of 9.6, of some 21 for key and value; 7 heads of
-# 64: 6.0 instead of 8.5; one head of 128: 6.1 instead of 4.3), which memory mostly hides; but a step of 32 sequences
-# and 8 heads stores its keys in 29 us instead of 3.7 (float32 69 instead of 7), and blocks under 16 tokens leave lanes
-# empty. Prefill packs keys before it multiplies: 64 of them in 0.28 us from rows, in 0.30 us from transposed blocks.
+# Keys lie in rows, as values do. With keys of a block transposed a core scores cached bfloat16 keys faster where
+# several query heads share them (AVX-512, 4 heads of 128: 7.6 ns a key instead of 9.6, of some 21 for key and value;
+# 7 heads of 64: 6.0 instead of 8.5; one head of 128: 6.1 instead of 4.3), which memory mostly hides; but a step of 32
+# sequences and 8 heads stores its keys in 29 us instead of 3.7 (float32 69 instead of 7), and blocks under 16 tokens
+# leave lanes empty. Prefill packs keys before it multiplies: 64 of them in 0.28 us from rows, in 0.30 transposed.
 
 
 def empty_cache(
