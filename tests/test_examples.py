@@ -146,6 +146,11 @@ def check_custom_model() -> None:
     assert run("custom_model").startswith("118 tokens of 3 sequences in 9 blocks of 16\n")
 
 
+def check_compile() -> None:
+    out = run("compile")
+    assert "same tokens: True" in out
+
+
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 

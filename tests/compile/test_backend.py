@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import torch_paged
 from torch_paged.compile import CompileOptions, compile_graph
+
+from .decoder import Decoder, Step
 
 WITHOUT_TRANSFORMERS = """
 import sys
 import torch, torch_paged
 
-cache, _ = torch_paged.ops.empty_cache(4, 16, 2, 32, dtype=torch.float32, device="cpu")
+cache, value_cache = torch_paged.ops.empty_cache(4, 16, 2, 32, dtype=torch.float32, device="cpu")
 
 def store(key):
-    torch.ops.paged.reshape_and_cache(key, key, cache, cache.clone(), torch.tensor([5, 17]))
+    torch.ops.paged.reshape_and_cache(key, key, cache, value_cache, torch.tensor([5, 17]))
 
 key = torch.randn(2, 2, 32)
 torch.compile(store, backend="torch_paged", fullgraph=True)(key)
@@ -69,5 +73,37 @@ def test_settings_of_inductor(
 
 
 def test_unknown_options() -> None:
-    with pytest.raises(Exception, match="TypeError: options: fast; must be of inductor"):
+    with pytest.raises(Exception, match="TypeError: options: fast; must be of fuse_rope, merge_projections, "):
         torch.compile(lambda x: x + 1, backend="torch_paged", options={"fast": True})(torch.ones(2))
+
+
+def test_wrong_value() -> None:
+    with pytest.raises(ValueError, match="cache_copies: 'perhaps'; must be 'raise', 'warn' or 'allow'"):
+        CompileOptions(cache_copies="perhaps")  # type: ignore[arg-type]
+
+
+def test_says_what_fired(caplog: pytest.LogCaptureFixture) -> None:
+    model = Decoder()
+    with caplog.at_level("INFO", "torch_paged.compile"), torch.no_grad():
+        torch.compile(model, backend="torch_paged")(torch.tensor([[1]]), model.new_caches(), Step([1]))
+    assert [record.message for record in caplog.records] == [
+        "10 linear layers merged with others, 15 packed",
+        "2 rotary embeddings fused into cache writes",
+    ]
+
+
+def test_graphs_are_found_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our passes have an identity by which Inductor finds what it compiled before, and options are a part of it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = Decoder("half split")
+
+    def hits(**options: bool) -> int:
+        torch.compiler.reset()
+        counters.clear()
+        with torch.no_grad():
+            step = torch.compile(model, backend="torch_paged", options=options or None)
+            step(torch.tensor([[1]]), model.new_caches(), Step([1]))
+        return counters["inductor"]["fxgraph_cache_hit"]
+
+    with torch._inductor.config.patch(fx_graph_cache=True):
+        assert (hits(), hits(), hits(fuse_rope=False)) == (0, 1, 0)

@@ -18,6 +18,7 @@ TENSOR_OPS = [
     "copy_blocks",
     "gather_cache",
     "merge_attention_states",
+    "packed_linear",
     "reshape_and_cache",
     "rope_and_cache",
     "swap_blocks",

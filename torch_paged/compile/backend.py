@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from torch_paged.compile.cuda_graphs import cuda_graph_settings
 from torch_paged.compile.options import CompileOptions
+from torch_paged.compile.projections import freeze_projections
 
 
 def compile_graph(
@@ -20,8 +22,11 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile a graph that TorchDynamo captured.
 
+    What was done to it is logged at INFO on "torch_paged.compile"; passes inside Inductor do not run, nor log, for a
+    graph that Inductor finds in its cache on disk.
+
     Args:
-        graph: the captured graph, which may be changed.
+        graph: the captured graph.
         example_inputs: its inputs, one tensor or symbolic integer each.
         mode: a mode of Inductor: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
         options: see CompileOptions.
@@ -31,13 +36,43 @@ def compile_graph(
 
     Raises:
         TypeError: an option does not exist.
+        CacheCopied: the compiled graph would copy a paged cache.
     """
+    # Inductor takes a second to import, which nobody who compiles nothing shall wait for.
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    from torch_paged.compile.passes import inductor_passes
+
     options = CompileOptions.of(options)
-    patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
-    return cast(Callable[..., Any], compile_fx(graph, list(example_inputs), config_patches=patches))
+    graph, derived = freeze_projections(graph, example_inputs, options)
+    inputs = [*example_inputs, *(each.tensor(example_inputs) for each in derived)]
+    settings = {
+        **(list_mode_options(mode) if mode else {}),
+        **inductor_passes(options),
+        **cuda_graph_settings(inputs, options),
+        **options.inductor,
+    }
+    compiled = cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=settings))
+    if not derived:
+        return compiled
+
+    def with_derived(*inputs: Any) -> Any:
+        return compiled(*inputs, *[each.tensor(inputs) for each in derived])
+
+    return with_derived
+
+
+def inductor_settings(options: CompileOptions | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return settings that run our passes where Inductor is called by another way than this backend.
+
+    Such is `torch._inductor.aoti_compile_and_package(exported, inductor_configs=inductor_settings())`. The passes are
+    `fuse_rope` and `cache_copies`: the others are for weights that live outside the graph.
+    """
+    from torch_paged.compile.passes import inductor_passes
+
+    options = CompileOptions.of(options)
+    return {**inductor_passes(options), **options.inductor}
 
 
 def register() -> None:

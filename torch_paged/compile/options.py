@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -10,13 +10,30 @@ class CompileOptions:
     """Options of `torch.compile(model, backend="torch_paged", options=...)`; a dict with the same keys does too.
 
     Args:
-        inductor: settings of `torch._inductor.config` for this compilation, on top of those of `mode`.
+        fuse_rope: rotate queries and keys in the op that writes keys and values, `rope_and_cache`.
+        merge_projections: run linear layers that share an input as one. Needs weights that are frozen, as they are
+            where gradients are off when the graph is captured; takes memory for a second copy of these weights.
+        prepack: on a CPU, run linear layers over packed weights, `packed_linear`. As above; one copy serves both.
+        cuda_graphs: replay graphs whose shapes are static as CUDA graphs, one for each shape, so one for each batch
+            size. Caches, lengths and tables have to stay where they are: `torch._dynamo.mark_static_address`.
+        cache_copies: what to do when a compiled graph would copy a paged cache: "raise", "warn" or "allow".
+        inductor: settings of `torch._inductor.config` for this compilation, on top of all others.
 
     Raises:
         TypeError: an option does not exist.
+        ValueError: `cache_copies` is none of the three.
     """
 
+    fuse_rope: bool = True
+    merge_projections: bool = True
+    prepack: bool = True
+    cuda_graphs: bool = True
+    cache_copies: Literal["raise", "warn", "allow"] = "raise"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.cache_copies not in ("raise", "warn", "allow"):
+            raise ValueError(f"cache_copies: {self.cache_copies!r}; must be 'raise', 'warn' or 'allow'")
 
     @classmethod
     def of(cls, options: "CompileOptions | Mapping[str, Any] | None") -> "CompileOptions":

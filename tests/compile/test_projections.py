@@ -1,0 +1,157 @@
+"""Linear layers over frozen weights are merged and packed, follow their weights, and are shared between graphs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_paged.compile import frozen, projections, repack
+
+from .decoder import Decoder, decode
+from .lowered import Lowered
+
+COUNTS = {
+    # merge, prepack: products of matrices, packed linear layers. Two layers of q, k, v, out, gate, up and down, a head.
+    (True, True): (0, 2 * 4 + 1),
+    (True, False): (2 * 4 + 1, 0),
+    (False, True): (0, 2 * 7 + 1),
+    (False, False): (2 * 7 + 1, 0),
+}
+
+
+@pytest.mark.parametrize(("merge", "prepack"), COUNTS)
+@torch.no_grad()
+def test_same_tokens(merge: bool, prepack: bool, lowered: Lowered) -> None:
+    model = Decoder(bias=True)
+    step = torch.compile(
+        model, backend="torch_paged", fullgraph=True, options={"merge_projections": merge, "prepack": prepack}
+    )
+    expected, logits = decode(model, model.new_caches()), decode(step, model.new_caches())
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    products = lowered.count("aten.mm") + lowered.count("aten.addmm")
+    assert (products, lowered.count("paged.packed_linear")) == COUNTS[merge, prepack]
+
+
+class Two(nn.Module):
+    """Two layers over one input."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5, dtype=dtype), nn.Linear(6, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.a(x), self.b(x)), -1)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of each function that made a tensor of weights."""
+    names: list[str] = []
+    for function in (projections.merged_weights, projections.packed_weights):
+
+        def counting(weights: Sequence[Tensor], function: Any = function) -> Tensor:
+            names.append(function.__name__)
+            return function(weights)
+
+        monkeypatch.setattr(projections, function.__name__, counting)
+    return names
+
+
+@torch.no_grad()
+def test_weights_are_followed(made: list[str]) -> None:
+    model = Two()
+    x = torch.randn(4, 6)
+    compiled = torch.compile(model, backend="torch_paged")
+
+    def follows() -> bool:
+        return torch.allclose(compiled(x), model(x), atol=1e-6)
+
+    assert follows() and follows()
+    assert sorted(made) == ["merged_weights", "packed_weights"]
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()})
+    assert follows()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for fused in (False, True):
+        torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused).step()
+        assert follows()
+    model.a.weight.data = torch.randn(5, 6)
+    assert follows()
+    model.b.weight = nn.Parameter(torch.randn(3, 6))
+    assert follows()
+    # Nothing tells of this.
+    model.a.weight.data.mul_(2)
+    assert not follows()
+    repack()
+    assert follows()
+
+
+@torch.no_grad()
+def test_weights_are_packed_once_for_all_graphs(made: list[str]) -> None:
+    model = Two()
+    compiled = torch.compile(model, backend="torch_paged", dynamic=False)
+    for rows in (1, 2, 1):
+        torch.testing.assert_close(compiled(torch.ones(rows, 6)), model(torch.ones(rows, 6)))
+    assert sorted(made) == ["merged_weights", "packed_weights"]
+
+
+@torch.no_grad()
+def test_one_graph_for_layers_that_look_alike(made: list[str]) -> None:
+    """As when a model's layers are compiled one by one: each has its own packed weights."""
+    models = [Two(), Two()]
+    compiled = torch.compile(Two.forward, backend="torch_paged")
+    for model in models * 2:
+        torch.testing.assert_close(compiled(model, torch.ones(2, 6)), model(torch.ones(2, 6)))
+    assert len(made) == 4
+
+
+@torch.no_grad()
+def test_packed_weights_go_with_their_model() -> None:
+    model = Two()
+    compiled = torch.compile(model, backend="torch_paged")
+    compiled(torch.ones(1, 6))
+    packed = [weakref.ref(entry.tensor) for entry in frozen._made[model.a.weight].values()]
+    assert len(packed) == 1 and packed[0]() is not None
+    torch.compiler.reset()
+    del compiled, model
+    gc.collect()
+    assert packed[0]() is None
+
+
+@pytest.mark.parametrize("why", ["gradients", "autocast", "float64", "not a weight", "inference tensors"])
+def test_left_alone(why: str, lowered: Lowered) -> None:
+    with torch.inference_mode(why == "inference tensors"):
+        model = Two(torch.float64 if why == "float64" else torch.float32)
+    x = torch.ones(2, 6, dtype=model.a.weight.dtype)
+    cast = torch.autocast("cpu", torch.bfloat16) if why == "autocast" else nullcontext()
+    modes = {"gradients": torch.enable_grad, "inference tensors": torch.inference_mode}
+    options = {"merge_projections": False} if why == "float64" else {}
+    with cast, modes.get(why, torch.no_grad)():
+        if why == "not a weight":
+            run = torch.compile(torch.nn.functional.linear, backend="torch_paged")
+            torch.testing.assert_close(run(x, torch.ones(3, 6)), torch.full((2, 3), 6.0))
+        else:
+            out = torch.compile(model, backend="torch_paged", options=options)(x)
+            torch.testing.assert_close(out, model(x), atol=0.05 if why == "autocast" else 1e-6, rtol=0)
+    assert lowered.count("paged.packed_linear") == 0
+
+
+@torch.no_grad()
+def test_a_view_that_a_part_does_not_allow(lowered: Lowered) -> None:
+    """Rows of a merged result lie apart, so that they cannot be viewed as one."""
+    a, b = nn.Linear(6, 5), nn.Linear(6, 3)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cat((a(x).view(-1), b(x).flatten()))
+
+    out = torch.compile(run, backend="torch_paged", fullgraph=True)(torch.ones(2, 6))
+    torch.testing.assert_close(out, run(torch.ones(2, 6)))
+    assert lowered.count("paged.packed_linear") == 2

@@ -1,0 +1,190 @@
+"""Linear layers over frozen weights: those that share an input become one, packed where that is faster."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from torch_paged.compile.frozen import Derived
+from torch_paged.compile.graph_copy import copied
+from torch_paged.compile.options import CompileOptions
+from torch_paged.ops import pack_linear_weight
+
+_log = logging.getLogger("torch_paged.compile")
+_linear = torch._C._nn.linear
+
+# In float32, MKL is the faster one from about here on; in bfloat16 packed_linear is at any size (2 threads of a 4th
+# generation Xeon, 896 x 4,864: 276 against 216 GFLOP/s in float32 at 128 rows, 152 against 250 in bfloat16).
+_MAX_FLOAT32_ROWS = 64
+
+
+def freeze_projections(
+    graph: GraphModule, inputs: Sequence[Any], options: CompileOptions
+) -> tuple[GraphModule, list[Derived]]:
+    """Rewrite a copy of a graph that Dynamo captured.
+
+    Returns:
+        the copy, and what to call it with on top of its inputs, in the order of its new placeholders.
+    """
+    graph = copied(graph)
+    places = {node: place for place, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    derived: list[Derived] = []
+    merged = packed = 0
+    for layers in _sharing_an_input(graph.graph, places, inputs):
+        for group in [layers] if options.merge_projections else [[layer] for layer in layers]:
+            pack = options.prepack and _packs(group[0], inputs[places[_weight(group[0])]])
+            if not pack and len(group) == 1:
+                continue
+            _replace(graph, group, pack, places, inputs, derived)
+            merged += len(group) if len(group) > 1 else 0
+            packed += len(group) if pack else 0
+    graph.graph.lint()
+    graph.recompile()
+    _log.info("%d linear layers merged with others, %d packed", merged, packed)
+    return graph, derived
+
+
+def merged_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights or biases one below the other."""
+    return _together(weights)
+
+
+def packed_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights one below the other, packed."""
+    return pack_linear_weight(_together(weights))
+
+
+def _together(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+
+
+def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[Any]) -> list[list[Node]]:
+    """Return linear layers over frozen weights, grouped by what they multiply."""
+    if torch.is_grad_enabled() or _autocasts(graph):
+        return []
+    groups: dict[Any, list[Node]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=_linear):
+        if node.kwargs or not _is_frozen(_weight(node), places, inputs):
+            continue
+        bias, value, weight = _bias(node), _value(node.args[0]), inputs[places[_weight(node)]]
+        if bias is not None and not _is_frozen(bias, places, inputs):
+            continue
+        if not isinstance(value, Tensor) or value.dtype != weight.dtype or weight.dim() != 2 or value.dim() < 2:
+            continue
+        groups[node.args[0], weight.dtype, weight.device, bias is None].append(node)
+    return [group for group in groups.values() if _splits(group)] + [
+        [layer] for group in groups.values() if not _splits(group) for layer in group
+    ]
+
+
+def _is_frozen(node: Any, places: dict[Node, int], inputs: Sequence[Any]) -> bool:
+    """Whether a node is a parameter or buffer of which PyTorch tells when it changes."""
+    if node not in places or not node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
+        return False
+    tensor = inputs[places[node]]
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() and tensor.layout == torch.strided
+
+
+def _autocasts(graph: Graph) -> bool:
+    """Whether linear layers may compute in another dtype than that of their weights."""
+    inside = any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph.nodes)
+    return inside or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
+def _splits(group: list[Node]) -> bool:
+    """Whether the parts of a merged result can be viewed as the layers' own results are."""
+    width = sum(_value(_weight(node)).shape[0] for node in group)
+    for node in group:
+        sizes = [_hint(size) for size in _value(node).shape]
+        part = torch.empty(*sizes[:-1], width, device="meta")[..., : sizes[-1]]
+        for user in node.users:
+            if user.op == "call_method" and user.target == "view":
+                try:
+                    part.view([_hint(size) for size in _value(user).shape])
+                except RuntimeError:
+                    return False
+    return True
+
+
+def _packs(node: Node, weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    rows = math.prod(_hint(size) for size in _value(node.args[0]).shape[:-1])
+    return weight.dtype != torch.float32 or rows <= _MAX_FLOAT32_ROWS
+
+
+def _replace(
+    module: GraphModule,
+    group: list[Node],
+    pack: bool,
+    places: dict[Node, int],
+    inputs: Sequence[Any],
+    derived: list[Derived],
+) -> None:
+    graph, rows = module.graph, group[0].args[0]
+    sizes = [_value(_weight(node)).shape[0] for node in group]
+
+    def new_input(nodes: list[Any], make: Any) -> Node:
+        made = Derived(tuple(places[node] for node in nodes), make)
+        last = graph.find_nodes(op="placeholder")[-1]
+        with graph.inserting_after(last):
+            node = graph.placeholder(f"frozen_{len(derived)}")
+        node._dynamo_source = None
+        node.meta["example_value"] = made.tensor(inputs)
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        derived.append(made)
+        return node
+
+    weight = new_input([_weight(node) for node in group], packed_weights if pack else merged_weights)
+    bias = _bias(group[0])
+    if bias is not None and len(group) > 1:
+        bias = new_input([_bias(node) for node in group], merged_weights)
+    with graph.inserting_before(group[0]):
+        if pack:
+            lead = _sizes(graph, rows)
+            flat = graph.call_function(torch.ops.aten.reshape.default, (rows, [-1, lead.pop()]))
+            out = graph.call_function(torch.ops.paged.packed_linear.default, (flat, weight, bias, sum(sizes)))
+            out = graph.call_function(torch.ops.aten.reshape.default, (out, [*lead, sum(sizes)]))
+        else:
+            out = graph.call_function(_linear, (rows, weight, bias))
+        first = 0
+        for node, size in zip(group, sizes, strict=True):
+            part = out
+            if len(group) > 1:
+                part = graph.call_function(torch.ops.aten.slice.Tensor, (out, -1, first, first + size))
+            first += size
+            part.meta["example_value"] = _value(node)
+            node.replace_all_uses_with(part)
+    for node in group:
+        graph.erase_node(node)
+
+
+def _sizes(graph: Graph, node: Any) -> list[Any]:
+    """Return the sizes of a node's result, as nodes where they are not known."""
+    return [
+        size if isinstance(size, int) else graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+        for dim, size in enumerate(_value(node).shape)
+    ]
+
+
+def _weight(node: Node) -> Any:
+    return node.args[1]
+
+
+def _bias(node: Node) -> Any:
+    return node.args[2] if len(node.args) > 2 else None
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value")
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
