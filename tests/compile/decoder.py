@@ -125,7 +125,8 @@ class Decoder(nn.Module):
 
 def decode(model: nn.Module, caches: list[tuple[Tensor, Tensor]], batch: int = 2, steps: int = 5) -> Tensor:
     """The logits of greedy steps from given first tokens on, `[batch, steps, VOCABULARY]`."""
-    tokens = torch.arange(1, batch + 1)[:, None]
+    # No view, as the ones that follow: where sizes vary, Dynamo guards on the base of a view.
+    tokens = torch.arange(1, batch + 1)[:, None].clone()
     logits = []
     for length in range(1, steps + 1):
         logits.append(model(tokens, caches, Step([length] * batch)))

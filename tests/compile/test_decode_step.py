@@ -42,17 +42,18 @@ def test_one_compilation_and_no_copies(mode: str) -> None:
 
 @torch.no_grad()
 def test_any_batch(lowered: Lowered) -> None:
-    """The second batch size makes the size vary; the passes fire there too, and no third graph is compiled."""
+    """The second batch size makes the size vary; the passes fire there too, and no other graph is compiled."""
     model = Decoder()
     counter = CompileCounterWithBackend("torch_paged")
     step = torch.compile(model, backend=counter, fullgraph=True)
     ReinplaceCounters.clear()
-    for batch in (2, 3, 7):
-        expected = decode(model, model.new_caches(4 * batch), batch)
-        torch.testing.assert_close(decode(step, model.new_caches(4 * batch), batch), expected, atol=1e-5, rtol=1e-5)
+    for batch in (5, 6, 7):
+        expected = decode(model, model.new_caches(40), batch)
+        torch.testing.assert_close(decode(step, model.new_caches(40), batch), expected, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 2
     assert ReinplaceCounters.get_total_missed_bytes() == 0
-    assert lowered.count("paged.rope_and_cache") == 2 * 2 and lowered.count("paged.packed_linear") == 2 * (2 * 4 + 1)
+    assert lowered.count("paged.rope_and_cache") == 2 * 2
+    assert lowered.count("paged.packed_linear") == 2 * (2 * 4 + 1)
 
 
 def two_layers(query: Tensor, key: Tensor, value: Tensor, step: Step, caches: list[tuple[Tensor, Tensor]]) -> Tensor:

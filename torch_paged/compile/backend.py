@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torch_paged.compile.cuda_graphs import cuda_graph_settings
+from torch_paged.compile.frozen import Derived
 from torch_paged.compile.options import CompileOptions
 from torch_paged.compile.projections import freeze_projections
 
@@ -46,7 +47,7 @@ def compile_graph(
 
     options = CompileOptions.of(options)
     graph, derived = freeze_projections(graph, example_inputs, options)
-    inputs = [*example_inputs, *(each.tensor(example_inputs) for each in derived)]
+    inputs = [*example_inputs, *_as_static(derived, example_inputs)]
     settings = {
         **(list_mode_options(mode) if mode else {}),
         **inductor_passes(options),
@@ -61,6 +62,18 @@ def compile_graph(
         return compiled(*inputs, *[each.tensor(inputs) for each in derived])
 
     return with_derived
+
+
+def _as_static(derived: Sequence[Derived], inputs: Sequence[Any]) -> list[Any]:
+    """Return what derived tensors look like to the compiler, with sizes that never vary.
+
+    It would guard sizes that may vary, and Dynamo knows of no place to look for them when it checks the guards.
+    """
+    context = torch._guards.TracingContext.try_get()
+    tensors = [each.tensor(inputs) for each in derived]
+    if context is None or context.fake_mode is None:
+        return tensors
+    return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
 def inductor_settings(options: CompileOptions | Mapping[str, Any] | None = None) -> dict[str, Any]:
