@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_paged
+from torch_paged.hf.turns import Turns
 
 from .counting import count_tokens
 from .models import batch, generate, tiny
@@ -93,6 +94,25 @@ def test_steps_wait_once_while_rows_leave() -> None:
     with torch_paged.paged(model, drop_finished_rows=False), count_waits() as without:
         run(model, Watcher())
     assert waits == without
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"do_sample": True}])
+def test_steps_wait_once_while_rows_take_turns(kwargs: dict[str, Any]) -> None:
+    """However many lengths the running rows have."""
+    model, inputs = tiny("llama"), batch([17, 9, 21, 5, 12])
+    step, each, lengths = Turns._step, list[int](), list[int]()
+
+    def counted(self: Turns) -> None:
+        lengths.append(len(self._running))
+        before = waits.total()
+        step(self)
+        each.append(waits.total() - before)
+
+    # Three layers with K and V of 2 heads of 16, float32.
+    knobs: dict[str, Any] = dict(block_size=4, max_memory=15 * 3 * 2 * 4 * 2 * 16 * 4, on_pressure="recompute")
+    with torch_paged.paged(model, **knobs), mock.patch.object(Turns, "_step", counted), count_waits() as waits:
+        generate(model, inputs, max_new_tokens=12, eos_token_id=None, **kwargs)
+    assert max(lengths) > 1 == max(each)
 
 
 def test_a_mask_that_was_written_to_is_read_again() -> None:

@@ -43,7 +43,8 @@ class Turns:
 
     The row that comes first in the batch has waited longest and is admitted first; its prompt is computed beside the
     decode steps of the others. When blocks run out, the running row that comes last is swapped to CPU memory or dropped
-    (`on_pressure`), and goes on, from where it was, when its turn comes again.
+    (`on_pressure`), and goes on, from where it was, when its turn comes again. Blocks that it shared stay in the pool
+    until the only row that runs needs them: then its tokens are computed again.
 
     Source: admission and preemption as in PagedAttention's scheduler, arXiv 2309.06180, section 4.5.
     """
@@ -118,9 +119,10 @@ class Turns:
                 outputs = packed_call(self._model, self._cache, num_tokens, torch.cat(list(pieces.values())))
             except PoolExhausted:
                 active = [row for each in self._running.values() for row in each.rows]
-                if len(active) == 1:
+                if len(active) > 1:
+                    self._preempt(max(active))
+                elif not self._forget_kept():
                     raise
-                self._preempt(max(active))
             else:
                 self._select(list(pieces), outputs.logits[0])
                 return
@@ -129,6 +131,7 @@ class Turns:
         """Choose the next token of the rows whose tokens are all computed; `logits [rows computed, vocabulary]`."""
         at = {row: place for place, row in enumerate(computed)}
         running: dict[int, _Rows] = {}
+        chosen: list[tuple[_Rows, Tensor]] = []
         for columns, each in sorted(self._running.items()):
             whole = [i for i, row in _places(each) if self._fed(row) == columns - self._pads[row]]
             if len(whole) < len(each.rows):
@@ -144,12 +147,17 @@ class Turns:
             else:
                 tokens = torch.argmax(scores, dim=-1, keepdim=True)
             each.ids = torch.cat([each.ids, tokens], dim=-1)
-            done = self._criteria(each.ids, None).tolist()
+            chosen.append((each, self._criteria(each.ids, None)))
+        # The host waits once for all of them.
+        ended = torch.cat([done for _, done in chosen]).tolist() if chosen else []
+        for each, _ in chosen:
+            done, ended = ended[: len(each.rows)], ended[len(each.rows) :]
             self._ids |= {row: each.ids[i] for i, row in _places(each) if done[i]}
             self._leave(each, [i for i, _ in _places(each) if done[i]])
             if not all(done):
+                columns = each.ids.shape[1]
                 going = each.take([i for i, _ in _places(each) if not done[i]])
-                running[columns + 1] = going.joined(running.get(columns + 1))
+                running[columns] = going.joined(running.get(columns))
         self._running = running
 
     def _leave(self, rows: _Rows, places: list[int]) -> None:
@@ -177,9 +185,11 @@ class Turns:
                 except PoolExhausted:
                     self._swapped[row] = swapped
                     heapq.heappush(self._waiting, row)
-                    if not active:
+                    if active:
+                        return
+                    if not self._forget_kept(besides=row):
                         raise
-                    return
+                    continue
             ids = self._ids.pop(row)[None]
             self._running[ids.shape[1]] = _Rows([row], ids).joined(self._running.get(ids.shape[1]))
             if not self._groups():
@@ -220,6 +230,13 @@ class Turns:
             self._swapped[row] = swapped
         self._empty([row])
         heapq.heappush(self._waiting, row)
+
+    def _forget_kept(self, besides: int | None = None) -> bool:
+        """Drop what waiting rows have swapped out and hold shared blocks of; whether there were any."""
+        kept = [row for row, swapped in self._swapped.items() if row != besides and swapped.keeps_blocks]
+        for row in kept:
+            del self._swapped[row]
+        return bool(kept)
 
     def _fed(self, row: int) -> int:
         """Tokens of the row that the cache holds."""
