@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import ReinplaceCounters, counters
 from transformers import CompileConfig, PreTrainedModel
 
 import torch_paged
@@ -98,6 +99,22 @@ def test_rows_that_leave_compile_nothing() -> None:
     torch_paged.patch(model, compile={"backend": graphs})
     assert_same_tokens(stock, expected, generate(model, RAGGED, eos_token_id=eos), prompt=RAGGED)
     assert graphs.compiled <= 2
+
+
+def test_no_cache_is_copied() -> None:
+    model = tiny("llama")
+    stock = twin(model)
+    torch_paged.patch(model, compile={"backend": "inductor"})
+    ReinplaceCounters.clear()
+    counters.clear()
+    actual = generate(model, RAGGED)
+    assert ReinplaceCounters.get_total_missed_bytes() == 0
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_same_tokens(stock, generate(stock, RAGGED), actual, prompt=RAGGED)
+    # Half of the machine's memory in one pool, and little in another: the same graph.
+    cache = torch_paged.PagedCache(model.config, max_memory="1MiB")
+    assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED, past_key_values=cache), prompt=RAGGED)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def _first(row: Tensor, token: int) -> int:

@@ -41,13 +41,7 @@ class StepLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, layer: PagedLayer, shared: StepGroup) -> None:
         # CacheLayerMixin.__init__ would assign `keys` and `values`, which nothing reads in a native pass.
         assert layer.key_cache is not None and layer.value_cache is not None
-        self.key_cache, self.value_cache = layer.key_cache, layer.value_cache
-        for cache in (self.key_cache, self.value_cache):
-            # CUDA graphs then read and write it where it is.
-            torch._dynamo.mark_static_address(cache)
-            # How many blocks there are differs from pool to pool, and so from one PagedCache of its own to the next.
-            if cache.shape[0] > 1:
-                torch._dynamo.mark_dynamic(cache, 0)
+        self.key_cache, self.value_cache = _by_itself(layer.key_cache), _by_itself(layer.value_cache)
         self.sliding_window, self.is_sliding = layer.sliding_window, layer.is_sliding
         self.shared = shared
         self.is_initialized = True
@@ -170,6 +164,21 @@ def step_layer(key: Tensor, value: Tensor) -> StepLayer | None:
     """The layer that returned this K and V; None where code between cache and attention has changed one of them."""
     layer: StepLayer | None = getattr(key, _TAG, None)
     return layer if getattr(value, _TAG, None) is layer else None
+
+
+def _by_itself(cache: Tensor) -> Tensor:
+    """The same memory under a storage of its own.
+
+    Views of one storage that a graph writes count as overlapping where their sizes are symbols, and are copied whole.
+    """
+    with torch.inference_mode(False):
+        alone: Tensor = torch.utils.dlpack.from_dlpack(cache)
+    # CUDA graphs then read and write it where it is.
+    torch._dynamo.mark_static_address(alone)
+    # How many blocks there are differs from pool to pool, and so from one PagedCache of its own to the next.
+    if alone.shape[0] > 1:
+        torch._dynamo.mark_dynamic(alone, 0)
+    return alone
 
 
 def _rows(states: Tensor) -> Tensor:
