@@ -64,6 +64,20 @@ def test_ops_on_other_pages(run, tmp_path):
     assert set(decode["other_pages"]) == {"pages in order", "pages of 128"} and not prefill["other_pages"]
 
 
+def test_steps(run):
+    shape = "--layers 2 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 --vocabulary 211 --dtype float32"
+    asked = "--batch 1 3 --context 20 --padded --ways dynamic static paged --rounds 2 --json"
+    status, out, _ = run("bench", "steps", *shape.split(), *asked.split())
+    results = json.loads(out)["results"]
+    assert status == 0
+    ways = ["DynamicCache", "StaticCache", "torch_paged"]
+    assert [(result["rows"], result["way"]) for result in results] == [(n, way) for n in (1, 3) for way in ways]
+    for result in results:
+        first = next(each for each in results if each["rows"] == result["rows"])
+        ratio = first["step"]["median_s"] / result["step"]["median_s"]
+        assert result["speedup_over_first_way"] == ratio and result["first_step_s"] > 0
+
+
 def test_copies(run, monkeypatch):
     monkeypatch.setattr(copies, "last_level_cache_bytes", lambda: 4096)
     status, out, _ = run(

@@ -3,7 +3,7 @@
 import argparse
 from importlib import import_module
 
-SUBJECTS = ("ops", "copies", "bookkeeping", "memory", "generate")
+SUBJECTS = ("ops", "copies", "bookkeeping", "memory", "steps", "generate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
