@@ -21,7 +21,7 @@ DEMO_ERRORS = [
     ("--prompt=", "--prompt '': has no tokens"),
 ]
 BENCH_ERRORS = [
-    ("", "the following arguments are required: {ops,copies,bookkeeping,memory,generate}"),
+    ("", "the following arguments are required: {ops,copies,bookkeeping,memory,steps,generate}"),
     ("ops --shape 1,2,3", "'1,2,3'; must be batch,heads,kv_heads,head_dim,context[,query_len]"),
     ("ops --shape 1,2,2,64,x", "'1,2,2,64,x'; must be"),
     ("ops --shape 1,2,0,64,8", "'1,2,0,64,8'; must be"),
