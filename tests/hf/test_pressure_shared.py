@@ -1,8 +1,9 @@
-"""Rows under pressure that share blocks: what one row alone has room for, the batch has room for."""
+"""Who gives way under pressure: the rows that come last, and what waiting rows share before a row that runs."""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 import torch_paged
 from torch_paged import PagedHandle, PoolExhausted
+from torch_paged.hf.turns import Turns
 
 from .models import assert_same_tokens, batch, generate, tiny, twin
 from .swaps import count_swapped
@@ -17,6 +19,24 @@ from .test_pressure import BLOCK, BLOCK_BYTES, counted, small
 
 NEW = 20
 OPTIONS: dict[str, Any] = dict(max_new_tokens=NEW, eos_token_id=None)
+
+
+@pytest.mark.parametrize("how", ["swap", "recompute"])
+def test_no_row_runs_while_one_before_it_waits(how: str) -> None:
+    """Three of five rows run, then fewer; those put back go on before the ones that have not begun."""
+    model, seen = tiny("llama"), list[tuple[list[int], list[int]]]()
+    step = Turns._step
+
+    def noted(self: Turns) -> None:
+        seen.append((sorted(row for each in self._running.values() for row in each.rows), sorted(self._waiting)))
+        step(self)
+
+    small(model, 19, on_pressure=how)
+    with mock.patch.object(Turns, "_step", noted), counted() as counts:
+        generate(model, batch([17] * 5), **OPTIONS)
+    assert counts["preempted"] > 1
+    assert all(max(running) < min(waiting) for running, waiting in seen if waiting)
+    assert max(len(running) for running, _ in seen) == 3
 
 
 def alike(shared: int) -> dict[str, torch.Tensor]:
