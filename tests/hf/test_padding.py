@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import DynamicCache
 
 import torch_paged
 
-from .counting import count_calls
+from .counting import count_calls, messages
 from .models import GATHERED, NATIVE, assert_same_tokens, batch, generate, tiny
 
 LENGTHS = [30, 4, 17]
@@ -149,6 +150,37 @@ def test_right_padding_goes_on_from_what_stock_goes_on_from(name: str, num_beams
     with torch_paged.paged(model):
         actual = generate(model, inputs, num_beams=num_beams)
     assert_same_tokens(model, expected, actual, prompt=inputs)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}, {"do_sample": True}], ids=["", "beams", "chunks", "draws"]
+)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("llama", "sdpa"), ("gpt2", "eager"), ("opt", "sdpa"), ("qwen2-sliding", "sdpa"), ("gemma2", "eager"), ("jamba", None)],
+)
+def test_a_row_of_pads_alone_begins_as_in_stock(
+    name: str, implementation: str | None, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside a row with tokens, and one that is as long as it."""
+    model, inputs = tiny(name, attn_implementation=implementation), batch([9, 5, 9])
+    inputs["attention_mask"][2] = 0
+    expected = generate(model, inputs, max_new_tokens=6, eos_token_id=None, **kwargs)
+    with caplog.at_level(logging.WARNING, "torch_paged"), torch_paged.paged(model) as handle:
+        assert torch.equal(generate(model, inputs, max_new_tokens=6, eos_token_id=None, **kwargs), expected)
+        assert handle.stats().blocks_used == 0
+    assert [text for text in messages(caplog) if "hides all of a row" in text] == messages(caplog) != []
+
+
+@pytest.mark.parametrize("num_blocks", [8, 16])
+def test_a_row_of_pads_alone_that_does_not_fit(num_blocks: int) -> None:
+    model, inputs = tiny("llama"), batch([21, 12, 21])
+    inputs["attention_mask"][1] = 0
+    expected = generate(model, inputs, max_new_tokens=6, eos_token_id=None)
+    memory = num_blocks * 3 * 2 * 4 * 2 * 16 * 4
+    with torch_paged.paged(model, block_size=4, max_memory=memory, min_shared_prefix=0) as handle:
+        assert torch.equal(generate(model, inputs, max_new_tokens=6, eos_token_id=None), expected)
+        assert handle.stats().blocks_used == 0 < handle.stats().peak_bytes
 
 
 def test_gathered_copies_are_of_the_callers_own() -> None:

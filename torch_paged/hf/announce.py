@@ -93,7 +93,7 @@ def make_call(
         call.native = True
     else:
         say(Support(Path.GATHER, reason))
-        if call.valid is not None and _hides_last_of_a_row(cache, call):
+        if call.valid is not None and (cache.state.keeps_pads or _hides_last_of_a_row(cache, call)):
             # What stock computes there, and reads on from, depends on the hidden columns too: they are stored, and
             # later masks go on hiding them.
             call = Call(num_seqs, width)

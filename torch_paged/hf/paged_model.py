@@ -21,7 +21,7 @@ from torch_paged.hf.disguise import disguise
 from torch_paged.hf.leaving import beams_leaving, leaving, tell_of_beams
 from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import ROW_HOOKS, call_problem, has_row_hooks, pack_problem
-from torch_paged.hf.prefill import prefill_once
+from torch_paged.hf.prefill import keep_pads_of_empty_rows, prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
 from torch_paged.hf.pressure import sample
 from torch_paged.hf.random_state import RandomState
@@ -109,6 +109,7 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
             stock: Callable[..., Any] = functools.partial(base._prefill, self)
+            keep_pads_of_empty_rows(model_kwargs)
             if has_row_hooks(self):
                 return stock(input_ids, generation_config, model_kwargs, *args, **kwargs)
             return prefill_once(stock, input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -50,6 +50,18 @@ def prefill_once(
     return outputs
 
 
+def keep_pads_of_empty_rows(model_kwargs: dict[str, Any]) -> None:
+    """Let the cache of a new batch store all columns, and gather them, where a row is nothing but padding.
+
+    Stock begins such a row with what the model says of the hidden columns, by rules of each attention implementation.
+    """
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    if not isinstance(cache, PagedCache) or cache.get_seq_length() > 0:
+        return
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.any(dim=1).all()):
+        cache.state.keep_pads("attention_mask hides all of a row")
+
+
 def _repeat_rows(value: Any, rows: int, expand: int) -> Any:
     return value.repeat_interleave(expand, dim=0) if _per_row(value, rows) else value
 

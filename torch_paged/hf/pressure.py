@@ -76,7 +76,8 @@ def sample(
     mask = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
     kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, progress.ids.shape[1] - mask.shape[1]), value=1)
     kwargs.pop("position_ids", None)
-    if works_row_by_row(logits_processor, stopping_criteria) and end_alone(stopping_criteria):
+    begun = bool(kwargs["attention_mask"].any(dim=1).all())
+    if begun and works_row_by_row(logits_processor, stopping_criteria) and end_alone(stopping_criteria):
         try:
             turns = Turns(forward.model, cache, logits_processor, stopping_criteria, generation_config)
             return turns.run(progress.ids, kwargs["attention_mask"], ~progress.done)

@@ -44,6 +44,8 @@ class CacheState:
         self.packs: tuple[int, int] | None = None
         # Why calls over this cache must gather, once one was found to.
         self.refusal: str | None = None
+        # Columns that the mask hides are stored as others are.
+        self.keeps_pads = False
 
     def announce(self, call: Call) -> Call:
         """Make `call` the forward pass that the layers' next updates belong to."""
@@ -62,6 +64,10 @@ class CacheState:
         """Let go of what layers gave the model in the pass that is over, and with it of the layers."""
         for group in self.groups.values():
             group.seen = None
+
+    def keep_pads(self, reason: str) -> None:
+        """Gather all calls of an empty cache, pads too, as the reason says."""
+        self.refusal, self.keeps_pads = reason, True
 
     def let_finished_leave(self) -> None:
         """Free the blocks of the rows that are finished by now; later calls do not compute them."""
@@ -216,7 +222,7 @@ class CacheState:
         twin.num_seqs = self.num_seqs
         twin.recording_past = self.recording_past
         twin.adopted = self.adopted
-        twin.refusal = self.refusal
+        twin.refusal, twin.keeps_pads = self.refusal, self.keeps_pads
         return twin
 
     def release(self) -> None:
@@ -225,7 +231,7 @@ class CacheState:
         self.groups.clear()
         self.columns = Columns()
         self.seen_mask.forget()
-        self.refusal = None
+        self.refusal, self.keeps_pads = None, False
         self.adopted = False
         self.call = None
         self.num_seqs = None
