@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from typing import Any
 
 import pytest
@@ -157,6 +160,28 @@ def test_a_consumer_that_stops_frees_the_blocks() -> None:
         for _ in generate_many(model, prompts([9, 21, 5]), stream=True, **NO_EOS):
             break
         assert handle.stats().blocks_used == 0
+
+
+def test_the_cycle_collector_in_the_middle_of_an_edit() -> None:
+    """It finds an iterator that nobody has any more: what this thread edits stays as it is, and all is free soon."""
+    model = tiny("llama")
+    cls = type(model)
+    many: Any = generate_many(model, prompts([9, 21, 5]), stream=True, **NO_EOS)
+    next(many)
+    pools = many._engine._batch.handle._pools
+    ring = [many]
+    ring.append(ring)
+    gone = weakref.ref(many)
+    del many, ring
+    (pool,) = pools._snapshot()
+    with pools.lock:
+        used = pool.allocator.num_used
+        gc.collect()
+        assert gone() is None and pool.allocator.num_used == used > 0
+    until = time.monotonic() + 20
+    while type(model) is not cls and time.monotonic() < until:
+        time.sleep(0.01)
+    assert type(model) is cls and pools.stats().blocks_used == 0
 
 
 def test_tokens_of_an_encoder_decoder_are_the_decoders() -> None:

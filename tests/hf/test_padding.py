@@ -153,11 +153,20 @@ def test_right_padding_goes_on_from_what_stock_goes_on_from(name: str, num_beams
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}, {"do_sample": True}], ids=["", "beams", "chunks", "draws"]
+    "kwargs",
+    [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}, {"do_sample": True}],
+    ids=["", "beams", "chunks", "draws"],
 )
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [("llama", "sdpa"), ("gpt2", "eager"), ("opt", "sdpa"), ("qwen2-sliding", "sdpa"), ("gemma2", "eager"), ("jamba", None)],
+    [
+        ("llama", "sdpa"),
+        ("gpt2", "eager"),
+        ("opt", "sdpa"),
+        ("qwen2-sliding", "sdpa"),
+        ("gemma2", "eager"),
+        ("jamba", None),
+    ],
 )
 def test_a_row_of_pads_alone_begins_as_in_stock(
     name: str, implementation: str | None, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture

@@ -85,25 +85,33 @@ def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
                 handle.settings = settings
 
 
-@contextmanager
-def borrowed(model: PreTrainedModel) -> Iterator[PagedHandle]:
-    """The handle of a model that is patched meanwhile: by its owner, or for all who borrow it at the same time."""
-    with patching:
-        handle = handle_of(model)
-        if handle is None:
-            handle = _patch(model, PagedConfig())
-            _borrowers[handle] = 0
-        if handle in _borrowers:
-            _borrowers[handle] += 1
-    try:
-        yield handle
-    finally:
+class Borrowed:
+    """The handle of a model that is patched meanwhile: by its owner, or for all who borrow it at the same time.
+
+    No generator, whose end the cycle collector would run wherever it finds one that nobody has any more.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __enter__(self) -> PagedHandle:
         with patching:
+            handle = handle_of(self._model)
+            if handle is None:
+                handle = _patch(self._model, PagedConfig())
+                _borrowers[handle] = 0
             if handle in _borrowers:
-                _borrowers[handle] -= 1
-                if not _borrowers[handle]:
-                    del _borrowers[handle]
-                    unpatch(model)
+                _borrowers[handle] += 1
+        self._handle = handle
+        return handle
+
+    def __exit__(self, *exception: object) -> None:
+        with patching:
+            if self._handle in _borrowers:
+                _borrowers[self._handle] -= 1
+                if not _borrowers[self._handle]:
+                    del _borrowers[self._handle]
+                    unpatch(self._model)
 
 
 def _patch(model: PreTrainedModel, config: PagedConfig) -> PagedHandle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -22,10 +22,12 @@ from torch_paged.hf.many.prepare import prompt_ids
 from torch_paged.hf.many.request import GenerationRequest, GenerationResult, NewTokens, check_fields, id_of
 from torch_paged.hf.many.sequence import Sequence as RunningSequence
 from torch_paged.hf.many.stats import ManyStats, now
-from torch_paged.hf.patch import borrowed, unwrap
+from torch_paged.hf.patch import Borrowed, unwrap
 from torch_paged.hf.support import Path, Support
 
 Prompt = Tensor | Sequence[int]
+# Seconds that a thread waits for what it has dropped to be closed, unless that waits for it.
+_COLLECTED = 0.5
 
 
 def generate_many(
@@ -126,11 +128,11 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
     ) -> None:
         self._lock = threading.RLock()
         self._events: deque[GenerationResult | NewTokens] = deque()
-        self._more, self._in_step = True, False
+        self._more, self._in_step, self._released = True, False, False
         self._exit = ExitStack()
         num_rows, max_tokens = sizes
         with ExitStack() as stack:
-            handle = stack.enter_context(borrowed(model))
+            handle = stack.enter_context(Borrowed(model))
             batch = Batch(model, handle, num_rows, deterministic)
             problem = batch.problem
             if problem is not None:
@@ -186,8 +188,15 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_engine"):
-            self.close()
+        if not hasattr(self, "_engine") or self._released:
+            return
+        # The cycle collector may run this in any thread, in the middle of an edit of the pools: another thread waits
+        # for the edit to end, and this one for that thread only where it need not.
+        closing = threading.Thread(target=_close, args=(self._exit, self._bar), daemon=True)
+        # At the end of the interpreter no thread can be started.
+        with suppress(RuntimeError):
+            closing.start()
+            closing.join(_COLLECTED)
 
     def cancel(self, request_id: Hashable) -> None:
         """End a request with what it has; its result says "cancelled". From any thread, at any time before its end.
@@ -211,6 +220,7 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
                 self._bar.close()
 
     def _release(self) -> None:
+        self._released = True
         self._exit.close()
 
 
@@ -256,10 +266,16 @@ class _Defaults:
         )
 
 
+def _close(stack: ExitStack, bar: Any) -> None:
+    stack.close()
+    if bar is not None:
+        bar.close()
+
+
 def _assistant(
     model: PreTrainedModel, stack: ExitStack, num_rows: int, max_tokens: int, deterministic: bool
 ) -> Assistant:
-    batch = Batch(model, stack.enter_context(borrowed(model)), num_rows, deterministic)
+    batch = Batch(model, stack.enter_context(Borrowed(model)), num_rows, deterministic)
     if batch.problem is not None:
         raise ValueError(
             f"assistant_model: {type(model).__name__}; must be a model whose rows can share forward passes, but "
