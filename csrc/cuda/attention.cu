@@ -67,7 +67,7 @@ int64_t splits_for(int64_t blocks, int64_t at_once, int64_t key_tiles) {
   return 1;
 }
 
-cudaError_t choose_splits(const AttentionRequest& request, AttentionLaunch& launch) {
+cudaError_t choose_splits(const AttentionRequest& request, bool is_unbounded, AttentionLaunch& launch) {
   const AttentionCall& call = request.call;
   const int64_t keys = longest_range(request, launch.kernel.rows);
   const int64_t key_tiles = std::max<int64_t>(1, ceil_div(keys, launch.kernel.keys));
@@ -80,7 +80,8 @@ cudaError_t choose_splits(const AttentionRequest& request, AttentionLaunch& laun
     splits = std::min({request.num_splits, key_tiles, int64_t(65535)});
   } else if (request.deterministic) {
     launch.params.deterministic = true;
-    splits = std::clamp<int64_t>(ceil_div(keys, kDeterministicSplit), 1, kMaxDeterministicSplits);
+    // Many rows fill the device as they are, and their parts would take up to 32 times the memory of the output.
+    splits = is_unbounded ? 1 : std::clamp<int64_t>(ceil_div(keys, kDeterministicSplit), 1, kMaxDeterministicSplits);
   } else {
     const int64_t rows = call.num_tokens * (call.num_heads / call.num_kv_heads);
     const int64_t tiles = std::min(launch.tiles, std::max<int64_t>(1, ceil_div(rows, launch.kernel.rows)));
@@ -91,17 +92,22 @@ cudaError_t choose_splits(const AttentionRequest& request, AttentionLaunch& laun
   return cudaSuccess;
 }
 
+// Of all splits, tiles and KV heads: not of tokens, most of which may be another launch's.
+int64_t partial_rows(const AttentionLaunch& launch) {
+  return launch.params.num_splits * launch.tiles * launch.params.call.num_kv_heads * launch.params.tile_rows;
+}
+
 // Adds the launch for sequences of more than `min_rows` and up to `max_rows` packed rows.
 cudaError_t add_launch(const AttentionRequest& request, const AttentionParams& params, int rows, int64_t min_rows,
                        int64_t max_rows, AttentionPlan& plan) {
   AttentionLaunch& launch = plan.launches[plan.num_launches++];
   launch.kernel = find_kernel(request, rows);
   launch.params = params;
-  launch.params.min_rows = min_rows;
-  launch.params.max_rows = max_rows;
   const AttentionCall& call = request.call;
   const int64_t group = call.num_heads / call.num_kv_heads, tile_rows = launch.kernel.rows;
   const int64_t longest = std::min(request.max_query_len * group, max_rows);
+  launch.params.min_rows = min_rows;
+  launch.params.max_rows = longest;
   launch.params.one_tile_a_sequence = longest <= tile_rows;
   if (launch.params.one_tile_a_sequence) {
     launch.tiles = call.num_seqs;
@@ -111,10 +117,10 @@ cudaError_t add_launch(const AttentionRequest& request, const AttentionParams& p
     const int64_t sequences = std::min(call.num_seqs, all_rows / (min_rows + 1));
     launch.tiles = std::min(call.num_seqs * ceil_div(longest, tile_rows), all_rows / tile_rows + sequences);
   }
-  if (const cudaError_t error = choose_splits(request, launch)) return error;
+  launch.params.tile_rows = int(std::min(longest, tile_rows));
+  if (const cudaError_t error = choose_splits(request, max_rows == kAnyRows, launch)) return error;
   if (launch.params.num_splits > 1)
-    plan.workspace_floats = std::max(
-        plan.workspace_floats, launch.params.num_splits * call.num_tokens * call.num_heads * (call.v_head_dim + 1));
+    plan.workspace_floats = std::max(plan.workspace_floats, partial_rows(launch) * (call.v_head_dim + 1));
   return cudaSuccess;
 }
 
@@ -122,7 +128,7 @@ cudaError_t launch_one(const AttentionLaunch& launch, Element type, float* works
   AttentionParams params = launch.params;
   const AttentionCall& call = params.call;
   params.partial_out = workspace;
-  params.partial_lse = workspace + params.num_splits * call.num_tokens * call.num_heads * call.v_head_dim;
+  params.partial_lse = workspace + partial_rows(launch) * call.v_head_dim;
   const unsigned tiles = unsigned(launch.tiles), kv_heads = unsigned(call.num_kv_heads);
   void* arguments[] = {&params};
   if (const cudaError_t error =
@@ -156,19 +162,18 @@ cudaError_t plan_attention(const AttentionRequest& request, AttentionPlan& plan)
   const bool is_even = call.num_tokens == call.num_seqs * request.max_query_len;
   const int largest = find_kernel(request, 128).rows;
   int64_t done = 0;
-  // Where rows may not depend on their batch, each sequence gets the kernel of its own size. Otherwise one kernel does,
-  // unless single queries go along with many.
-  for (const int rows : {16, 32, 64, 128}) {
-    if (request.deterministic && rows == 32) continue;
-    const bool is_last = rows >= largest || longest <= rows;
-    const bool is_class = request.deterministic || (rows == 16 && longest > 64 && !is_even);
-    if (!is_last && !is_class) continue;
-    if (const cudaError_t error = add_launch(request, params, rows, done, is_last ? kAnyRows : rows, plan))
-      return error;
-    if (is_last) break;
+  // Where rows may not depend on their batch, each sequence gets the kernel, and the rule for splits, of its own size.
+  // Otherwise one kernel does, unless single queries go along with many.
+  for (const int rows : {16, 64}) {
+    const bool is_class = request.deterministic || (rows == 16 && rows < largest && longest > 64 && !is_even);
+    if (!is_class) continue;
+    if (const cudaError_t error = add_launch(request, params, rows, done, rows, plan)) return error;
+    if (longest <= rows) return cudaSuccess;
     done = rows;
   }
-  return cudaSuccess;
+  int rows = 16;
+  while (!request.deterministic && rows < largest && rows < longest) rows *= 2;
+  return add_launch(request, params, request.deterministic ? largest : rows, done, kAnyRows, plan);
 }
 
 cudaError_t launch_attention(const AttentionPlan& plan, float* workspace, cudaStream_t stream) {

@@ -25,12 +25,13 @@ class OutStage {
   float* const data_;
 };
 
-// A finished row, or one split's part of it, 4 or 8 neighbouring elements from `first` on.
+// Row `tile_row` of the tile, or one split's part of it, 4 or 8 neighbouring elements from `first` on.
 template <typename T, int kCount>
-__device__ __forceinline__ void write_row(const AttentionParams& params, int64_t row, int split, int first, float lse2,
-                                          float (&values)[kCount]) {
+__device__ __forceinline__ void write_row(const AttentionParams& params, const QueryTile& tile, int kv_head, int split,
+                                          int tile_row, int first, float lse2, float (&values)[kCount]) {
   const AttentionCall& call = params.call;
   if (params.num_splits == 1) {
+    const int64_t row = output_row(call, tile, kv_head, tile_row);
     const int64_t head = row % call.num_heads;
     const float factor = add_sink(call, head, lse2);
 #pragma unroll
@@ -39,7 +40,7 @@ __device__ __forceinline__ void write_row(const AttentionParams& params, int64_t
     if (call.lse && first == 0) call.lse[head * call.num_tokens + row / call.num_heads] = lse2 * kLn2;
     return;
   }
-  const int64_t partial = split * (call.num_tokens * call.num_heads) + row;
+  const int64_t partial = partial_row(params, split, tile_row);
   float* const target = params.partial_out + partial * call.v_head_dim + first;
 #pragma unroll
   for (int i = 0; i < kCount; i += 4)
@@ -71,7 +72,7 @@ __device__ __forceinline__ void write_tile(const AttentionParams& params, const 
     const float factor = all.sum > 0 ? value_scale / all.sum : 0.0f;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] *= factor;
-    write_row<T>(params, output_row(params.call, tile, kv_head, row), split, first,
+    write_row<T>(params, tile, kv_head, split, row, first,
                  all.sum > 0 ? all.maximum + ptx::log2_approx(all.sum) : -INFINITY, values);
   }
 }

@@ -99,12 +99,12 @@ class LaneTile {
     if (row() >= tile.num_rows) return;
     const float factor = state_.sum > 0 ? stored_scale(params.call.value_scale, kv_head) / state_.sum : 0.0f;
     const float lse2 = state_.sum > 0 ? state_.maximum + log2f(state_.sum) : -INFINITY;
-    const int64_t output = output_row(params.call, tile, kv_head, row());
 #pragma unroll
     for (int c = 0; c < kPieces; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out_[c][i] *= factor;
-      if (first(c) < params.call.v_head_dim) write_row<float>(params, output, split, first(c), lse2, out_[c]);
+      if (first(c) < params.call.v_head_dim)
+        write_row<float>(params, tile, kv_head, split, row(), first(c), lse2, out_[c]);
     }
   }
 

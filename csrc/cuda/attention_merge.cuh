@@ -6,21 +6,20 @@ namespace paged::cuda {
 
 constexpr int kMergeWarps = 4;
 
-// One row, one warp. Splits that saw nothing are not read.
+// One row of this block's tile, one warp. Splits that saw nothing are not read.
 template <typename T>
-__device__ __forceinline__ void merge_row(const AttentionParams& params, int64_t row) {
+__device__ __forceinline__ void merge_row(const AttentionParams& params, int tile_row, int64_t row) {
   const AttentionCall& call = params.call;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t rows = call.num_tokens * call.num_heads;
   float maximum = -INFINITY;
   for (int split = lane; split < params.num_splits; split += kWarpSize)
-    maximum = fmaxf(maximum, params.partial_lse[split * rows + row]);
+    maximum = fmaxf(maximum, params.partial_lse[partial_row(params, split, tile_row)]);
 #pragma unroll
   for (int step = kWarpSize / 2; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, step));
   const float finite = RowState::finite(maximum);
   float sum = 0.0f;
   for (int split = lane; split < params.num_splits; split += kWarpSize)
-    sum += ptx::exp2_approx(params.partial_lse[split * rows + row] - finite);
+    sum += ptx::exp2_approx(params.partial_lse[partial_row(params, split, tile_row)] - finite);
 #pragma unroll
   for (int step = kWarpSize / 2; step; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
 
@@ -33,7 +32,7 @@ __device__ __forceinline__ void merge_row(const AttentionParams& params, int64_t
   for (int first = lane * kCount; first < call.v_head_dim; first += kWarpSize * kCount) {
     float values[kCount] = {};
     for (int split = 0; split < params.num_splits; ++split) {
-      const int64_t partial = split * rows + row;
+      const int64_t partial = partial_row(params, split, tile_row);
       const float weight = ptx::exp2_approx(params.partial_lse[partial] - finite);
       if (weight == 0.0f) continue;
       const float4 part = *reinterpret_cast<const float4*>(params.partial_out + partial * call.v_head_dim + first);
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize)
   const QueryTile tile = find_tile(params, tile_rows, blockIdx.x);
   if (tile.sequence < 0) return;
   const int row = blockIdx.z * kMergeWarps + threadIdx.x / kWarpSize;
-  if (row < tile.num_rows) merge_row<T>(params, output_row(params.call, tile, blockIdx.y, row));
+  if (row < tile.num_rows) merge_row<T>(params, row, output_row(params.call, tile, blockIdx.y, row));
 }
 
 }  // namespace paged::cuda

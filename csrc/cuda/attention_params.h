@@ -17,9 +17,10 @@ struct AttentionParams {
   bool one_tile_a_sequence;  // then tile i is sequence i, else tiles are counted over the sequences
   bool deterministic;        // a sequence's splits depend on its own length alone
   int log2_block_size;
-  int num_splits;                                              // grid; 1: the kernel writes the output itself
-  float* partial_out;                                          // [num_splits, num_tokens * num_heads, v_head_dim]
-  float* partial_lse;                                          // [num_splits, num_tokens * num_heads], base 2
+  int num_splits;      // grid; 1: the kernel writes the output itself
+  int tile_rows;       // that a tile of this launch has at most
+  float* partial_out;  // [num_splits, tiles, num_kv_heads, tile_rows, v_head_dim]
+  float* partial_lse;  // [num_splits, tiles, num_kv_heads, tile_rows], base 2
   bool query_in_16_bytes, key_in_16_bytes, value_in_16_bytes;  // rows begin at 16-byte boundaries
 };
 

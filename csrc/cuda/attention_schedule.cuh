@@ -76,6 +76,13 @@ __device__ __forceinline__ int64_t output_row(const AttentionCall& call, const Q
          packed % tile.group;
 }
 
+// Where a split's part of a row of this block's tile lies. The kernels that write parts and that merge them have the
+// same tiles and KV heads in the first two dimensions of their grids.
+__device__ __forceinline__ int64_t partial_row(const AttentionParams& params, int split, int row) {
+  const int64_t tile = (int64_t(split) * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y;
+  return tile * params.tile_rows + row;
+}
+
 // Keys that any row of the tile sees.
 __device__ __forceinline__ KeyRange keys_of(const AttentionCall& call, const QueryTile& tile) {
   const int64_t first = position_of(tile, 0);

@@ -40,6 +40,27 @@ cudaError_t last_error = cudaSuccess;
 bool has_batched_copies = true;
 int64_t single_copies = 0, batched_copies = 0;
 
+// The order of what happens on streams, a line each.
+std::string stream_log;
+void note(const std::string& line) { stream_log += line + '\n'; }
+// The one that torch_face.cpp gives as torch's, the one that was made, or the default stream, which is neither.
+std::string name_of(cudaStream_t stream) {
+  return stream == kTorchStream ? "current" : stream == nullptr ? "default" : "own";
+}
+
+struct Event {
+  cudaStream_t recorded_on = nullptr;
+};
+Event* event_of(cudaEvent_t event) { return reinterpret_cast<Event*>(event); }
+
+// Memory that is not what all other memory counts as: [first, end) to type and device.
+struct Place {
+  uintptr_t end;
+  cudaMemoryType type;
+  int device;
+};
+std::map<uintptr_t, Place> places;
+
 cudaError_t keep(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
@@ -55,6 +76,7 @@ cudaError_t launch(const void* function, const Launch& launch, void** arguments)
                         grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16;
   if (!is_valid) return keep(cudaErrorInvalidConfiguration);
   ++work_launched();
+  note(name_of(launch.stream) + " kernel");
   const unsigned grid_sizes[] = {grid.x, grid.y, grid.z}, block_sizes[] = {block.x, block.y, block.z};
   const int failed = launch_callback(kernel.fat_binary, kernel.name.c_str(), grid_sizes, block_sizes,
                                      launch.dynamic_shared, arguments);
@@ -172,6 +194,19 @@ const char* cudaGetErrorString(cudaError_t error) {
 const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 
 __attribute__((visibility("default"))) void emulate_batched_copies(int supported) { has_batched_copies = supported; }
+// What happened on streams since the last call.
+__attribute__((visibility("default"))) const char* emulated_streams() {
+  static std::string told;
+  told = std::exchange(stream_log, {});
+  return told.c_str();
+}
+// Makes `size` bytes memory of a type, as of cudaMemoryType, and of a device; of no type, what it was.
+__attribute__((visibility("default"))) void emulate_memory(uint64_t address, uint64_t size, int type, int device) {
+  if (type < 0)
+    places.erase(address);
+  else
+    places[address] = {address + size, cudaMemoryType(type), device};
+}
 // How many copies were asked for one by one, and how many in batches, since the last call.
 __attribute__((visibility("default"))) void emulated_copies(int64_t* single, int64_t* batched) {
   *single = std::exchange(single_copies, 0);
@@ -179,8 +214,9 @@ __attribute__((visibility("default"))) void emulated_copies(int64_t* single, int
 }
 
 // Work on a stream is done by the time its call returns, though the host is not to count on it.
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t count, cudaMemcpyKind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t count, cudaMemcpyKind, cudaStream_t stream) {
   ++work_launched();
+  note(name_of(stream) + " copy");
   ++single_copies;
   std::memmove(to, from, count);
   return cudaSuccess;
@@ -195,6 +231,7 @@ cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const
       attributes->srcAccessOrder != cudaMemcpySrcAccessOrderStream)
     return keep(cudaErrorInvalidValue);
   ++work_launched();
+  note(name_of(stream) + " copies");
   batched_copies += int64_t(count);
   for (size_t i = count; i-- > 0;) std::memcpy(to[i], from[i], sizes[i]);
   return cudaSuccess;
@@ -206,25 +243,50 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t count, cudaStream_t) {
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() {
+  note("host after all");
   work_finished() = work_launched();
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  note("host after " + name_of(stream));
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  if (flags != cudaStreamNonBlocking) return keep(cudaErrorNotSupported);
   *stream = reinterpret_cast<cudaStream_t>(1);
   return cudaSuccess;
 }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = reinterpret_cast<cudaEvent_t>(1);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  note(name_of(stream) + " after " + name_of(event_of(event)->recorded_on));
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-// All memory counts as pinned memory of the host, but for addresses of the device that have none.
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = reinterpret_cast<cudaEvent_t>(new Event);
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event_of(event)->recorded_on = stream;
+  return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  note("host after " + name_of(event_of(event)->recorded_on));
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event_of(event);
+  return cudaSuccess;
+}
+// All memory counts as pinned memory of the host, but for addresses of the device that have none, and where a test says
+// what it is.
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
+  *attributes = {};
   attributes->type = has_memory(address) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
+  const auto after = places.upper_bound(reinterpret_cast<uintptr_t>(address));
+  if (after != places.begin() && reinterpret_cast<uintptr_t>(address) < std::prev(after)->second.end) {
+    attributes->type = std::prev(after)->second.type;
+    attributes->device = std::prev(after)->second.device;
+  }
+  attributes->devicePointer = attributes->type == cudaMemoryTypeUnregistered ? nullptr : const_cast<void*>(address);
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

@@ -11,8 +11,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 import torch_paged.memory.device_reservation
 import torch_paged.ops
 from tests.emulator.device_memory import DeviceMemory
-from tests.emulator.fat_binary import ptx_of
+from tests.emulator.fat_binary import PTX, entries, ptx_of, section
 from tests.emulator.findings import Finding
 from tests.emulator.launch import Emulator
 from tests.emulator.memory import GlobalMemory
@@ -39,6 +40,32 @@ _Launch = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, _UINT3, _UINT3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
 )
 _Allocation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+
+
+class Launch(NamedTuple):
+    """What a launcher asked for; `parameters` holds the kernel's, as they lie in its parameter space."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    parameters: bytes
+
+
+@dataclass
+class Recording:
+    """What ops launched, the bytes of each tensor they allocated, and what happened on which stream.
+
+    Attributes:
+        launches: in order.
+        allocations: in order, results among them.
+        streams: lines such as "current kernel" and "own after current", once the recording is over. "current" is
+            torch's stream, "own" one that an op made, "default" the one that no op should use.
+    """
+
+    launches: list[Launch] = field(default_factory=list)
+    allocations: list[int] = field(default_factory=list)
+    streams: list[str] = field(default_factory=list)
 
 
 def has_nvcc() -> bool:
@@ -63,8 +90,10 @@ class EmulatedOps:
     """The ops of one emulated library, as `call(op, *arguments)`."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
+        self._library.emulated_streams.restype = ctypes.c_char_p
         # Kept: C++ holds no reference to them.
         self._callbacks = _Launch(self._launch), _Allocation(self._allocated)
         self._library.emulate_launches(self._callbacks[0])
@@ -78,6 +107,7 @@ class EmulatedOps:
         self._error: Exception | None = None
         self.num_launches = 0
         self.traffic: Traffic | None = None
+        self._recording: Recording | None = None
 
     def _define_ops(self) -> list[str]:
         """Define the ops of `torch.ops.paged` in the emulator's namespace; return those that the library has."""
@@ -96,6 +126,23 @@ class EmulatedOps:
             yield self.traffic
         finally:
             self.traffic = None
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Write down what the ops do."""
+        recording = self._recording = Recording()
+        self._library.emulated_streams()
+        try:
+            yield recording
+        finally:
+            self._recording = None
+            recording.streams += self._library.emulated_streams().decode().splitlines()
+
+    @property
+    def kernels(self) -> set[str]:
+        """The mangled names of all kernels of the library."""
+        modules = [entry.data.decode() for entry in entries(section(self._path, ".nv_fatbin")) if entry.kind == PTX]
+        return {name for module in modules for name in Module(module).kernels}
 
     def call(self, op: str, *arguments: Any, **options: Any) -> Any:
         """Run an op of `torch.ops.paged` by its CUDA kernels.
@@ -148,6 +195,8 @@ class EmulatedOps:
     def _allocated(self, address: int, size: int, initialised: int) -> None:
         if size == 0:
             return
+        if self._recording is not None:
+            self._recording.allocations.append(size)
         self.memory.add("a new tensor", address, size, writable=True, initialised=bool(initialised))
         if not initialised:
             # NaN in every floating-point format.
@@ -162,7 +211,10 @@ class EmulatedOps:
             for n, variable in enumerate(program.kernel.parameters):
                 parameters += bytes(-len(parameters) % variable.align)
                 parameters += ctypes.string_at(arguments[n], variable.size)
-            emulator.launch(program.kernel.name, tuple(grid[0]), tuple(block[0]), shared, bytes(parameters))
+            launch = Launch(program.kernel.name, tuple(grid[0]), tuple(block[0]), shared, bytes(parameters))
+            if self._recording is not None:
+                self._recording.launches.append(launch)
+            emulator.launch(*launch)
             self.num_launches += 1
             return 0
         except Exception as error:

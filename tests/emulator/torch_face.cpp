@@ -9,6 +9,8 @@
 #include <cstring>
 #include <string>
 
+#include "cudart.h"
+
 namespace {
 
 // `initialised` is 0 where the memory holds nothing yet.
@@ -80,7 +82,7 @@ AOTITorchError __wrap_aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*
 AOTITorchError __wrap_aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
+  *stream = kTorchStream;
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool, char** message) {
