@@ -49,9 +49,9 @@ void attend_row(const AttentionCall& call, int64_t token, int64_t head, int64_t 
     for (int64_t d = 0; d < call.v_head_dim; ++d) out[d] += weights[j - keys.begin] * value[d];
   }
   double* to = static_cast<double*>(call.out) + (token * call.num_heads + head) * call.v_head_dim;
-  const double factor = sum > 0 ? stored_scale(call.value_scale, kv_head) / sum : 0;
+  const double factor = sum == 0 ? 0 : stored_scale(call.value_scale, kv_head) / sum;
   for (int64_t d = 0; d < call.v_head_dim; ++d) to[d] = out[d] * factor;
-  if (call.lse) call.lse[head * call.num_tokens + token] = sum > 0 ? float(largest + std::log(sum)) : -infinity;
+  if (call.lse) call.lse[head * call.num_tokens + token] = sum == 0 ? -infinity : float(largest + std::log(sum));
 }
 
 }  // namespace

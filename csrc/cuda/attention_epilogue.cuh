@@ -69,11 +69,10 @@ __device__ __forceinline__ void write_tile(const AttentionParams& params, const 
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[i] += weight * source[i];
     }
-    const float factor = all.sum > 0 ? value_scale / all.sum : 0.0f;
+    const float factor = all.sum == 0 ? 0.0f : value_scale / all.sum;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] *= factor;
-    write_row<T>(params, tile, kv_head, split, row, first,
-                 all.sum > 0 ? all.maximum + ptx::log2_approx(all.sum) : -INFINITY, values);
+    write_row<T>(params, tile, kv_head, split, row, first, all.lse2(), values);
   }
 }
 

@@ -97,8 +97,8 @@ class LaneTile {
 #pragma unroll
     for (int step = 1; step < kRowLanes; step *= 2) state_.sum += __shfl_xor_sync(kFullWarp, state_.sum, step);
     if (row() >= tile.num_rows) return;
-    const float factor = state_.sum > 0 ? stored_scale(params.call.value_scale, kv_head) / state_.sum : 0.0f;
-    const float lse2 = state_.sum > 0 ? state_.maximum + log2f(state_.sum) : -INFINITY;
+    const float factor = state_.sum == 0 ? 0.0f : stored_scale(params.call.value_scale, kv_head) / state_.sum;
+    const float lse2 = state_.sum == 0 ? -INFINITY : state_.maximum + log2f(state_.sum);
 #pragma unroll
     for (int c = 0; c < kPieces; ++c) {
 #pragma unroll

@@ -24,7 +24,7 @@ __device__ __forceinline__ void merge_row(const AttentionParams& params, int til
   for (int step = kWarpSize / 2; step; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
 
   const int64_t head = row % call.num_heads;
-  float lse2 = sum > 0 ? maximum + ptx::log2_approx(sum) : -INFINITY;
+  float lse2 = sum == 0 ? -INFINITY : maximum + ptx::log2_approx(sum);
   const float factor = add_sink(call, head, lse2);
   if (call.lse && lane == 0) call.lse[head * call.num_tokens + row / call.num_heads] = lse2 * kLn2;
 

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMergeStatesWarps* kWarpSize)
   const float part_a = ptx::exp2_approx((lse_a - finite) * kLog2E);
   const float part_b = ptx::exp2_approx((lse_b - finite) * kLog2E);
   const float total = part_a + part_b;
-  const float weight_a = total > 0 ? part_a / total : 0, weight_b = total > 0 ? part_b / total : 0;
+  const float weight_a = total == 0 ? 0 : part_a / total, weight_b = total == 0 ? 0 : part_b / total;
   const T* const from_a = row_of<T>(merge.a, token, head);
   const T* const from_b = row_of<T>(merge.b, token, head);
   T* const to = reinterpret_cast<T*>(merge.out) + row * merge.head_dim;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMergeStatesWarps* kWarpSize)
     to[i] = from_float<T>(weight_b != 0 ? a + weight_b * to_float(from_b[i]) : a);
   }
   if (threadIdx.x == 0)
-    merge.lse[head * merge.num_tokens + token] = total > 0 ? largest + ptx::log2_approx(total) * kLn2 : -INFINITY;
+    merge.lse[head * merge.num_tokens + token] = total == 0 ? -INFINITY : largest + ptx::log2_approx(total) * kLn2;
 }
 
 }  // namespace paged::cuda

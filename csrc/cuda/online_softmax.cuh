@@ -78,6 +78,9 @@ struct RowState {
     sum += result;
     return result;
   }
+
+  // A sum of 0 is a row that has seen nothing; NaN, of a score or of infinite ones, comes out as NaN.
+  __device__ __forceinline__ float lse2() const { return sum == 0 ? -INFINITY : maximum + ptx::log2_approx(sum); }
 };
 
 // Whether some row of the tile of queries does not see all of a tile of keys.
@@ -103,8 +106,8 @@ __device__ __forceinline__ float add_sink(const AttentionCall& call, int64_t hea
   const float maximum = RowState::finite(fmaxf(sink, lse2));
   const float own = ptx::exp2_approx(lse2 - maximum);
   const float all = own + ptx::exp2_approx(sink - maximum);
-  lse2 = all > 0 ? maximum + ptx::log2_approx(all) : -INFINITY;
-  return all > 0 ? own / all : 0.0f;
+  lse2 = all == 0 ? -INFINITY : maximum + ptx::log2_approx(all);
+  return all == 0 ? 0.0f : own / all;
 }
 
 }  // namespace paged::cuda

@@ -160,6 +160,18 @@ def test_large_scores_do_not_overflow(backend):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_splits": 4}, {"sinks": True}, {"num_splits": 4, "sinks": True}], ids=str)
+def test_nan_stays_nan(backend, options, dtype):
+    """A query or a key that has overflowed is not to look like one that sees nothing."""
+    batch, options = build({"rows": [(1, 300), (1, 70), (1, 5)], "head_dim": 64}, options, dtype, backend)
+    batch.key_cache[batch.block_table[0, 0], 3] = torch.nan
+    batch.query[1] = torch.inf
+    out, lse = ops.attention_with_lse(**batch.arguments, **options)
+    assert out[:2].isnan().all() and lse[:, :2].isnan().all()
+    assert out[2].isfinite().all() and lse[:, 2].isfinite().all()
+
+
 def test_cache_beyond_2_to_31_elements():
     """The last of 2^31 + elements; only the pages that are touched take memory."""
     block_size, num_kv_heads, head_dim = 16, 8, 128

@@ -63,6 +63,16 @@ def test_a_side_that_saw_nothing_is_not_read(backend, dtype):
     assert largest_error(lse[:, 3:], exact_lse) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("other", [0.5, -torch.inf])
+def test_nan_stays_nan(backend, other, dtype):
+    arguments = build(num_tokens=2, dtype=dtype, device=backend)
+    arguments["lse_a"][:, 0], arguments["lse_b"][:, 0] = torch.nan, other
+    arguments["lse_a"][:, 1], arguments["lse_b"][:, 1] = other, torch.nan
+    out, lse = ops.merge_attention_states(**arguments)
+    assert out.isnan().all() and lse.isnan().all()
+
+
 def test_far_apart_and_huge(backend):
     arguments = build(num_tokens=2, device=backend)
     arguments["lse_a"].fill_(1e30)

@@ -48,7 +48,7 @@ void merge_states(const StateMerge& merge, int64_t begin, int64_t end) {
         const int64_t token = i / merge.num_heads, head = i % merge.num_heads;
         const Weight lse_a = lse_of(merge.a, token, head), lse_b = lse_of(merge.b, token, head);
         const Weight largest = __builtin_fmax(lse_a, lse_b);
-        const bool empty = largest == -__builtin_inf();
+        const bool empty = lse_a == -__builtin_inf() && lse_b == -__builtin_inf();
         const Weight part_a = empty ? 0 : Weight(__builtin_exp(lse_a - largest));
         const Weight part_b = empty ? 0 : Weight(__builtin_exp(lse_b - largest));
         const Weight total = empty ? 1 : part_a + part_b;
