@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <map>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -125,7 +126,7 @@ void swap_blocks(std::vector<Tensor> src, std::vector<Tensor> dst, const Tensor&
   check_swap_blocks(src, dst, block_mapping);
   const int64_t num_pairs = block_mapping.size(0);
   const int64_t* const pairs = block_mapping.const_data_ptr<int64_t>();
-  const Tensor* on_device = nullptr;
+  std::map<int, const Tensor*> devices;
   std::vector<LayerCopy> layers;
   bool within_one = false, on_host = false;
   for (size_t i = 0; i < src.size(); ++i) {
@@ -134,16 +135,19 @@ void swap_blocks(std::vector<Tensor> src, std::vector<Tensor> dst, const Tensor&
     within_one = within_one || src[i].const_data_ptr() == dst[i].const_data_ptr();
     for (const Tensor* side : {&src[i], &dst[i]}) {
       on_host = on_host || side->device().is_cpu();
-      if (!side->device().is_cpu() || on_device == nullptr) on_device = side;
+      if (!side->device().is_cpu()) devices[side->get_device_index()] = side;
     }
   }
   if (layers.empty() || num_pairs == 0) return;
   check_destinations(pairs, num_pairs, within_one);
-  const DeviceGuard guard(on_device->get_device_index());
-  Tensor pairs_on_device = torch::stable::new_empty(*on_device, {num_pairs, 2}, ScalarType::Long);
+  if (devices.empty()) devices[0] = &dst[0];  // of the GPU that tests emulate
+  std::vector<DeviceStream> streams;
+  for (const auto& [index, tensor] : devices) streams.push_back({index, current_stream(*tensor)});
+  const DeviceGuard guard(devices.begin()->first);
+  Tensor pairs_on_device = torch::stable::new_empty(*devices.begin()->second, {num_pairs, 2}, ScalarType::Long);
   torch::stable::copy_(pairs_on_device, block_mapping);
-  STD_CUDA_CHECK(launch_swap_blocks(layers, pairs, pairs_on_device.const_data_ptr<int64_t>(), num_pairs, on_host,
-                                    current_stream(*on_device)));
+  STD_CUDA_CHECK(
+      launch_swap_blocks(layers, pairs, pairs_on_device.const_data_ptr<int64_t>(), num_pairs, on_host, streams));
 }
 
 std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,

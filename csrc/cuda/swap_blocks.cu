@@ -43,19 +43,19 @@ void append_runs(const LayerCopy& layer, const int64_t* pairs, const std::vector
   }
 }
 
-// Whether a kernel may read and write it: memory of a device, or pinned memory of the host.
-cudaError_t is_mapped(const void* pointer, bool& mapped) {
+// Whether a kernel on `device` may read and write it: memory of that device, or pinned memory of the host. Memory of
+// another device it reaches only where somebody has enabled peer access; the copy engines need none.
+cudaError_t is_mapped(const void* pointer, int device, bool& mapped) {
   cudaPointerAttributes attributes{};
   if (const cudaError_t error = cudaPointerGetAttributes(&attributes, pointer)) return error;
-  mapped = attributes.type != cudaMemoryTypeUnregistered;
+  const bool is_here = attributes.type != cudaMemoryTypeDevice || attributes.device == device;
+  mapped = attributes.type != cudaMemoryTypeUnregistered && is_here && attributes.devicePointer == pointer;
   return cudaSuccess;
 }
 
-cudaError_t stream_for_swaps(cudaStream_t& stream) {
+cudaError_t stream_for_swaps(int device, cudaStream_t& stream) {
   static std::mutex mutex;
   static std::map<int, cudaStream_t> streams;
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const std::lock_guard<std::mutex> lock(mutex);
   if (!streams[device])
     if (const cudaError_t error = cudaStreamCreateWithFlags(&streams[device], cudaStreamNonBlocking)) return error;
@@ -63,12 +63,29 @@ cudaError_t stream_for_swaps(cudaStream_t& stream) {
   return cudaSuccess;
 }
 
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (!error_) error_ = cudaSetDevice(device);
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  cudaError_t error_;
+};
+
 // Lets `later` wait for what `earlier` holds so far; where `wait`, this thread too.
-cudaError_t order_streams(cudaStream_t earlier, cudaStream_t later, bool wait) {
+cudaError_t order_streams(const DeviceStream& earlier, const DeviceStream& later, bool wait = false) {
+  // An event is recorded on the device that it was made on, and waited for on any.
+  const CurrentDevice device(earlier.device);
+  if (device.error()) return device.error();
   cudaEvent_t event;
   if (const cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming)) return error;
-  cudaError_t error = cudaEventRecord(event, earlier);
-  if (!error) error = cudaStreamWaitEvent(later, event, 0);
+  cudaError_t error = cudaEventRecord(event, earlier.stream);
+  if (!error) error = cudaStreamWaitEvent(later.stream, event, 0);
   if (!error && wait) error = cudaEventSynchronize(event);
   const cudaError_t destroyed = cudaEventDestroy(event);  // the driver keeps it until it has happened
   return error ? error : destroyed;
@@ -119,7 +136,7 @@ cudaError_t copy_by_dma(const std::vector<Run>& runs, bool mapped, cudaStream_t 
 }
 
 cudaError_t copy(const std::vector<LayerCopy>& layers, const int64_t* host_pairs, const int64_t* device_pairs,
-                 int64_t num_pairs, cudaStream_t stream) {
+                 int64_t num_pairs, const DeviceStream& swaps) {
   std::vector<int64_t> order(num_pairs);
   std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return host_pairs[2 * a] < host_pairs[2 * b]; });
@@ -134,24 +151,30 @@ cudaError_t copy(const std::vector<LayerCopy>& layers, const int64_t* host_pairs
     const void* const dst = layer.dst + host_pairs[1] * layer.dst_strides[0];
     for (const void* side : {src, dst}) {
       bool side_mapped = false;
-      if (const cudaError_t error = is_mapped(side, side_mapped)) return error;
+      if (const cudaError_t error = is_mapped(side, swaps.device, side_mapped)) return error;
       mapped = mapped && side_mapped;
     }
   }
   if (mapped && bytes < int64_t(runs.size()) * kDmaBytes)
-    return launch_copy_blocks(layers, device_pairs, num_pairs, stream);
-  return copy_by_dma(runs, mapped, stream);
+    return launch_copy_blocks(layers, device_pairs, num_pairs, swaps.stream);
+  return copy_by_dma(runs, mapped, swaps.stream);
 }
 
 }  // namespace
 
 cudaError_t launch_swap_blocks(const std::vector<LayerCopy>& layers, const int64_t* host_pairs,
-                               const int64_t* device_pairs, int64_t num_pairs, bool wait, cudaStream_t stream) {
-  cudaStream_t swaps = nullptr;
-  if (const cudaError_t error = stream_for_swaps(swaps)) return error;
-  if (const cudaError_t error = order_streams(stream, swaps, false)) return error;
-  if (const cudaError_t error = copy(layers, host_pairs, device_pairs, num_pairs, swaps)) return error;
-  return order_streams(swaps, stream, wait);
+                               const int64_t* device_pairs, int64_t num_pairs, bool wait,
+                               const std::vector<DeviceStream>& streams) {
+  DeviceStream swaps{0, nullptr};
+  if (const cudaError_t error = cudaGetDevice(&swaps.device)) return error;
+  if (const cudaError_t error = stream_for_swaps(swaps.device, swaps.stream)) return error;
+  for (const DeviceStream& stream : streams)
+    if (const cudaError_t error = order_streams(stream, swaps)) return error;
+  cudaError_t error = copy(layers, host_pairs, device_pairs, num_pairs, swaps);
+  // After an error too: what was started reads and writes memory that the caller may free.
+  for (const DeviceStream& stream : streams)
+    if (const cudaError_t unordered = order_streams(swaps, stream, wait); !error) error = unordered;
+  return error;
 }
 
 }  // namespace paged::cuda

@@ -8,9 +8,15 @@
 
 namespace paged::cuda {
 
-// Copies on a stream of the device's own, after what `stream` holds so far and before what it gets later. The pairs
-// are there on the host and on the device. Where `wait`, the copies are done when this returns.
+struct DeviceStream {
+  int device;
+  cudaStream_t stream;
+};
+
+// Copies on a stream of the current device's own, after what `streams` hold so far and before what they get later. The
+// pairs are there on the host and on the current device. Where `wait`, the copies are done when this returns.
 cudaError_t launch_swap_blocks(const std::vector<LayerCopy>& layers, const int64_t* host_pairs,
-                               const int64_t* device_pairs, int64_t num_pairs, bool wait, cudaStream_t stream);
+                               const int64_t* device_pairs, int64_t num_pairs, bool wait,
+                               const std::vector<DeviceStream>& streams);
 
 }  // namespace paged::cuda
