@@ -53,7 +53,7 @@ def compiled_kernels(library: Path) -> list[CompiledKernel]:
         ["c++filt"], input="\n".join(k.name for k in found), capture_output=True, text=True, check=True
     )
     return [
-        CompiledKernel(k.architecture, _short(name), k.registers, k.stack, k.opcodes)
+        CompiledKernel(k.architecture, short_name(name), k.registers, k.stack, k.opcodes)
         for k, name in zip(found, names.stdout.splitlines(), strict=True)
     ]
 
@@ -88,7 +88,7 @@ def _attribute(by_name: dict[str, Section], wanted: int) -> dict[str, int]:
     return found
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Return a demangled kernel without its return type, namespaces and parameters."""
     name = re.sub(r"\(anonymous namespace\)::|\bpaged::|\bcuda::", "", name.removeprefix("void "))
     depth = 0

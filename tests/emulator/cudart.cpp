@@ -37,7 +37,7 @@ constexpr size_t kMaxSharedPerBlock = 99 * 1024, kSharedPerMultiprocessor = 100 
 LaunchCallback launch_callback = nullptr;
 Launch configured;
 cudaError_t last_error = cudaSuccess;
-bool has_batched_copies = true;
+bool has_batched_copies = true, launches_fail = false;
 int64_t single_copies = 0, batched_copies = 0;
 
 // The order of what happens on streams, a line each.
@@ -74,7 +74,7 @@ cudaError_t launch(const void* function, const Launch& launch, void** arguments)
   const bool is_valid = launch.dynamic_shared <= kernel.max_dynamic_shared && block.x * block.y * block.z <= 1024 &&
                         block.x * block.y * block.z > 0 && block.z <= 64 && grid.x > 0 && grid.y > 0 && grid.z > 0 &&
                         grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16;
-  if (!is_valid) return keep(cudaErrorInvalidConfiguration);
+  if (!is_valid || launches_fail) return keep(cudaErrorInvalidConfiguration);
   ++work_launched();
   note(name_of(launch.stream) + " kernel");
   const unsigned grid_sizes[] = {grid.x, grid.y, grid.z}, block_sizes[] = {block.x, block.y, block.z};
@@ -194,6 +194,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 
 __attribute__((visibility("default"))) void emulate_batched_copies(int supported) { has_batched_copies = supported; }
+// Whether every launch from now on is refused.
+__attribute__((visibility("default"))) void emulate_refused_launches(int refused) { launches_fail = refused; }
 // What happened on streams since the last call.
 __attribute__((visibility("default"))) const char* emulated_streams() {
   static std::string told;
