@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.assertions import assert_as_exact_as_torch
 from tests.emulator.library import BUILD, NO_NVCC, Recording, emulated, emulated_ops, has_nvcc
+from tests.ops.test_attention import build, oracle
 from tests.paged_batch import paged_batch
 from torch_paged import ops
 
-pytestmark = pytest.mark.skipif(not has_nvcc(), reason=NO_NVCC)
+needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason=NO_NVCC)
 
 CACHE = torch.zeros(4, 4, 2, 8)
 NEW = torch.ones(3, 2, 8)
@@ -58,11 +61,13 @@ def recorded(op: str, call: Callable[[], object]) -> Recording:
     return recording
 
 
+@needs_nvcc
 @pytest.mark.parametrize(("op", "call", "count"), CALLS.values(), ids=CALLS)
 def test_all_goes_to_the_current_stream_and_nobody_waits(op, call, count):
     assert recorded(op, call).streams == ["current kernel"] * count
 
 
+@needs_nvcc
 def test_memory_comes_from_torch_alone():
     """The stand-in for the runtime has nothing that allocates: the library would have such a symbol undefined."""
     emulated_ops()
@@ -72,6 +77,7 @@ def test_memory_comes_from_torch_alone():
     assert not [name for name in names if name.startswith(("cudaMalloc", "cudaFree", "cudaHostAlloc"))]
 
 
+@needs_nvcc
 @pytest.mark.parametrize(("op", "call", "count"), CALLS.values(), ids=CALLS)
 def test_a_refused_launch_is_an_error(op, call, count):
     library = emulated_ops()._library
@@ -93,6 +99,7 @@ BATCHES = {
 }
 
 
+@needs_nvcc
 @pytest.mark.parametrize(("captured", "replayed", "options"), BATCHES.values(), ids=BATCHES)
 def test_a_captured_graph_serves_other_lengths(captured, replayed, options):
     """Launches and allocations are the same, so that a replay needs new values in the same tensors alone."""
@@ -101,3 +108,34 @@ def test_a_captured_graph_serves_other_lengths(captured, replayed, options):
     first, second = (recorded("attention", attention(batch, **options)) for batch in batches)
     assert [launch[:4] for launch in first.launches] == [launch[:4] for launch in second.launches]
     assert first.allocations == second.allocations
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("captured", "replayed", "options"), BATCHES.values(), ids=BATCHES)
+def test_a_cuda_graph_is_replayed_with_other_lengths(captured, replayed, options, dtype):
+    rows = max(len(captured), len(replayed))
+    sizes = [{"rows": batch + [(0, 0)] * (rows - len(batch)), "head_dim": 64} for batch in (captured, replayed)]
+    first, second = (build(each, {}, dtype, "cuda")[0] for each in sizes)
+    # Blocks of both batches under one capture: those of the second behind those of the first.
+    table = torch.where(second.block_table >= 0, second.block_table + first.key_cache.shape[0], -1).int()
+    caches = {name: torch.cat([getattr(b, name) for b in (first, second)]) for name in ("key_cache", "value_cache")}
+    first, second = replace(first, **caches), replace(second, **caches, block_table=table)
+    changing = ("query", "block_table", "seq_lens", "cu_seqlens_q")
+    static = replace(first, **{name: getattr(first, name).clone() for name in changing})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.attention(**static.arguments, **options)  # what is asked of the driver once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = ops.attention(**static.arguments, **options)
+    for batch in (first, second, first):
+        for name in changing:
+            getattr(static, name).copy_(getattr(batch, name))
+        graph.replay()
+        torch.cuda.synchronize()
+        exact, same_dtype = (oracle(batch, {}, each)[0] for each in (torch.float64, dtype))
+        assert_as_exact_as_torch(out, exact, same_dtype)

@@ -11,6 +11,11 @@ from torch_paged import ops
 OP = "swap_blocks"
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8]
+# Where source and destination are; on a GPU from and to it, and within it.
+SIDES = {
+    "cpu": [("cpu", "cpu")],
+    "cuda": [("cuda", "pinned"), ("pinned", "cuda"), ("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")],
+}
 
 
 def samples():
@@ -21,6 +26,8 @@ def samples():
     yield "same ids", {"pairs": [(1, 1), (0, 2), (2, 0)]}
     yield "many layers", {"pairs": [(5, 0), (1, 2)], "num_layers": 4}
     yield "odd sizes", {"pairs": [(5, 0)], "sizes": (2, 1, 5)}
+    yield "big blocks", {"pairs": [(5, 0), (1, 2)], "sizes": (64, 4, 128)}
+    yield "big blocks in pieces", {"pairs": [(5, 0), (1, 2)], "sizes": (64, 4, 128), "dst_layout": "nhd"}
     yield "no pair", {"pairs": []}
     yield "no layer", {"num_layers": 0}
 
@@ -47,17 +54,28 @@ def build(
     }
 
 
+def put(cache, place):
+    """A copy in another place: on a device, or in pinned memory of the host."""
+    if place != "pinned":
+        return to_device(cache, place)
+    memory = memory_of(cache).pin_memory().view(cache.dtype)
+    return memory.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in samples()])
 def test_matches_reference_and_touches_nothing_else(backend, sample, dtype):
     torch.manual_seed(0)
     arguments = build(**sample, dtype=dtype)
-    expected = [to_device(cache, "cpu") for cache in arguments["dst"]]
-    sources = [memory_of(cache).clone() for cache in arguments["src"]]
-    reference.swap_blocks(arguments["src"], expected, arguments["block_mapping"])
-    ops.swap_blocks(**arguments)
-    assert all(same_memory(cache, copy) for cache, copy in zip(arguments["dst"], expected, strict=True))
-    assert all(torch.equal(memory_of(cache), old) for cache, old in zip(arguments["src"], sources, strict=True))
+    src, dst, mapping = arguments.values()
+    expected = [to_device(cache, "cpu") for cache in dst]
+    reference.swap_blocks(src, expected, mapping)
+    for src_place, dst_place in SIDES[backend]:
+        sources, results = [put(cache, src_place) for cache in src], [put(cache, dst_place) for cache in dst]
+        ops.swap_blocks(sources, results, mapping)
+        # Where a side is the host's, at once: nothing here waits for the GPU.
+        for caches, same in ((results, expected), (sources, src)):
+            assert all(same_memory(put(cache, "cpu"), copy) for cache, copy in zip(caches, same, strict=True))
 
 
 def test_within_one_pool():

@@ -49,7 +49,9 @@ def test_reshape_and_cache(backend, slot):
     new, cache = torch.ones(1, 1, 8, device=backend), torch.zeros(3, 4, 1, 8, device=backend)
     slots = torch.tensor([slot], device=backend)
     arguments = {"key": new, "value": new, "key_cache": cache, "value_cache": cache.clone(), "slot_mapping": slots}
-    assert_rejects("reshape_and_cache", arguments, f"slot_mapping: value {slot} at [0]; must be in [-1, 12)")
+    message = f"slot_mapping: value {slot} at [0]; must be in [-1, 12)"
+    assert_rejects("reshape_and_cache", arguments, message)
+    assert_rejects("rope_and_cache", arguments | {"query": new, "cos": new[:, 0], "sin": new[:, 0]}, message)
     assert (cache == 0).all()
 
 
