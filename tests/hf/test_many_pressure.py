@@ -95,6 +95,19 @@ def test_a_request_that_never_fits_fails_alone() -> None:
         assert_answer(stock, asked[number], answers[number], **NO_EOS)
 
 
+def test_prompts_that_fit_one_by_one_where_prefixes_are_remembered() -> None:
+    """The first pass finds too few blocks before there is anything to remember."""
+    stock = tiny("llama")
+    model = twin(stock)
+    asked = prompts([21, 25, 17])
+    knobs: dict[str, Any] = dict(block_size=BLOCK, max_memory=12 * BLOCK_BYTES, prefix_caching=True)
+    with torch_paged.paged(model, **knobs) as handle:
+        answers, _ = run(model, asked, **NO_EOS)
+        assert handle.stats().blocks_used == handle.stats().blocks_cached
+    for number, prompt in enumerate(asked):
+        assert_answer(stock, prompt, answers[number], **NO_EOS)
+
+
 def _too_long() -> GenerationRequest:
     return GenerationRequest(prompts([20])[0], options={"max_length": 20, "max_new_tokens": None})
 

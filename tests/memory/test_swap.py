@@ -1,4 +1,4 @@
-"""SwappedRow: what leaves the pool, what comes back, and what stays because others hold it."""
+"""SwappedRow and SwappedTables: what leaves the pool, what comes back, and what stays because others hold it."""
 
 import gc
 
@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from tests.memory.small_pool import HEAD_DIM, HEADS, small_pool
-from torch_paged.memory import BlockTables, PoolExhausted, PrefixIndex, SwappedRow, block_keys, full_blocks, root_key
+from torch_paged.memory import (
+    BlockTables,
+    PoolExhausted,
+    PrefixIndex,
+    SwappedRow,
+    SwappedTables,
+    block_keys,
+    full_blocks,
+    root_key,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -153,3 +162,81 @@ def test_a_dropped_swapped_row_gives_back_what_it_held():
     del swapped
     gc.collect()
     assert pool.stats().blocks_used == 0
+
+
+def swapped_out(pool, tables):
+    with pool.lock:
+        swapped = SwappedTables(pool, tables)
+        swapped.leave()
+    return swapped
+
+
+def test_a_batch_goes_and_comes_back_with_what_its_rows_share():
+    pool = small_pool(8, 4)
+    tables = BlockTables(pool, 1)
+    write(pool, tables, 10)
+    tables.select(ints(0, 0, 0))
+    write(pool, tables, 1, 2, 0)
+    refs, held = sorted(pool.allocator.ref_counts.tolist()), [content(pool, tables, row) for row in range(3)]
+    swapped = swapped_out(pool, tables)
+    # Two full blocks that all share, and a third of each row's own.
+    assert (swapped.num_blocks, pool.stats().blocks_used, tables.seq_lens.tolist()) == (5, 0, [0, 0, 0])
+    other = BlockTables(pool, 1)
+    write(pool, other, 32, start=7000)
+    other.release()
+    swapped.restore(pool.allocator.allocate(swapped.num_blocks))
+    assert sorted(pool.allocator.ref_counts.tolist()) == refs
+    assert [content(pool, tables, row) for row in range(3)] == held
+    write(pool, tables, 4, 4, 4)
+    assert tables.seq_lens.tolist() == [15, 16, 14]
+    tables.release()
+    assert pool.stats().blocks_used == 0
+
+
+def test_a_batch_comes_back_with_the_past_it_was_to_go_back_to():
+    pool = small_pool(8, 4, sliding_window=6)
+    tables = BlockTables(pool, 1)
+    write(pool, tables, 9)
+    tables.record_past = True
+    write(pool, tables, 8)
+    swapped = swapped_out(pool, tables)
+    swapped.restore(pool.allocator.allocate(swapped.num_blocks))
+    tables.crop(ints(8))
+    assert content(pool, tables, 0, begin=4) == list(range(4, 9))
+
+
+def test_a_batch_leaves_what_others_hold():
+    pool = small_pool(8, 4)
+    index = PrefixIndex(pool.budget)
+    tables = BlockTables(pool, 1)
+    write(pool, tables, 17)
+    tokens = np.arange(8)
+    keys, cached = block_keys(root_key(), tokens, 4), full_blocks(tokens, 4)
+    index.put(pool.allocator, keys, cached, tables.blocks(0)[:2])
+    other = tables.fork()
+    other.crop(ints(5))
+    swapped = swapped_out(pool, tables)
+    assert (swapped.num_blocks, pool.stats().blocks_used) == (2, 3), "the other batch holds three"
+    other.release()
+    assert pool.stats().blocks_used == 3
+    swapped.restore(pool.allocator.allocate(2))
+    assert content(pool, tables, 0) == list(range(17))
+    swapped = swapped_out(pool, tables)
+    assert pool.stats().blocks_used == pool.stats().blocks_cached == 2, "the index alone holds these"
+    index.flush()
+    tables.release()
+    del swapped
+    gc.collect()
+    assert pool.stats().blocks_used == 0
+
+
+def test_a_batch_is_put_back_where_no_row_is():
+    pool = small_pool(8, 4)
+    tables = BlockTables(pool, 1)
+    write(pool, tables, 6)
+    swapped = swapped_out(pool, tables)
+    write(pool, tables, 3)
+    before = pool.allocator.ref_counts.tolist()
+    with pytest.raises(ValueError, match="those here empty"):
+        swapped.restore(pool.allocator.allocate(2))
+    assert pool.allocator.ref_counts.tolist() == before

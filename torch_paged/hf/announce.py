@@ -23,6 +23,8 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
     """
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
     outer, current.call = current.call, call
+    if cache is not None:
+        cache.state.pools.line.pass_begins()
     try:
         if cache is not None and call is not None:
             cache.announce(call)
@@ -35,6 +37,7 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
         current.call = outer
         if cache is not None:
             cache.state.forget_handles()
+            cache.state.pools.line.pass_ends()
 
 
 def make_call(

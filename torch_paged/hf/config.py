@@ -32,8 +32,9 @@ class PagedConfig:
             computed no more, where stock would go on with pad tokens for them. Their scores are zeros then.
         on_pressure: what becomes of rows of a batch that does not fit, and of requests of generate_many: "swap" copies
             their blocks to CPU memory, which `max_memory` does not count, "recompute" drops them, to be computed again
-            when their turn comes, as "swap" does where the system has no memory left; "error" raises PoolExhausted,
-            which in generate_many is the result of one request.
+            when their turn comes, as "swap" does where the system has no memory left. Calls in several threads wait for
+            blocks of one another, in CPU memory where their rows do not take turns; the one that came first goes on
+            first. "error" raises PoolExhausted, which in generate_many is the result of one request.
         compile: compile decode steps: True with the backend "torch_paged", or a dict of arguments of `torch.compile`.
             Prefills, whose sizes vary, run uncompiled.
         strict: raise instead of warning where a model or a call cannot run natively.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_paged.hf.call import Call
 from torch_paged.hf.pools import GroupKey
-from torch_paged.memory import BlockTables, Pool, SwappedRow
+from torch_paged.memory import BlockTables, Pool, SwappedRow, SwappedTables
 
 if TYPE_CHECKING:
     from torch_paged.hf.paged_kv import PagedKV
@@ -139,6 +139,11 @@ class LayerGroup:
         """The tokens of a row in CPU memory; the row is empty then."""
         self.call = self.step = None
         return SwappedRow(self.pool, self.tables, row)
+
+    def swap_out_all(self) -> SwappedTables:
+        """The tokens of all rows in CPU memory; they are here still until it leaves."""
+        self.call = self.step = None
+        return SwappedTables(self.pool, self.tables)
 
     def swap_in(self, swapped: SwappedRow, row: int, blocks: np.ndarray) -> None:
         """Make an empty row hold its tokens again, in these blocks, int64 `[swapped.num_blocks]`."""

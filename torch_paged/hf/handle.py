@@ -19,6 +19,7 @@ from torch_paged.hf.compiled import Compiled, user_compiled
 from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.disguise import undisguise
 from torch_paged.hf.family import family
+from torch_paged.hf.line import Line
 from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
 from torch_paged.hf.pools import Pools
 from torch_paged.hf.prefix_call import sequence_rows
@@ -234,7 +235,7 @@ class PagedHandle:
                 outer.created += generation.created
         finally:
             _running.generation = outer
-            generation.remembering.clear()
+            generation.end()
             self._pools.trim()
 
 
@@ -246,8 +247,12 @@ class Generation:
         self.created: list[weakref.ref[PagedCache]] = []
         # Kept until their rows are remembered.
         self.remembering: list[PagedCache] = []
+        self._lines: list[Line] = []
 
     def add(self, cache: PagedCache) -> None:
+        line = cache.state.pools.line
+        line.enter()
+        self._lines.append(line)
         self.created.append(weakref.ref(cache))
         if cache.state.prefixes is not None:
             self.remembering.append(cache)
@@ -263,6 +268,12 @@ class Generation:
             rows = sequence_rows(cache.state, sequences) if isinstance(sequences, Tensor) else None
             if rows is not None and cache.state.prefixes is not None:
                 cache.state.prefixes.remember(model, cache.state, rows)
+
+    def end(self) -> None:
+        """It waits for no blocks any more, and holds none that would come free."""
+        self.remembering.clear()
+        for line in self._lines:
+            line.leave()
 
     def assisted_by(self, model: PreTrainedModel | None) -> bool:
         """Whether `model` drafts for it, in a wrapper or not."""

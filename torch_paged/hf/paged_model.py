@@ -23,10 +23,11 @@ from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import ROW_HOOKS, call_problem, has_row_hooks, pack_problem
 from torch_paged.hf.prefill import keep_pads_of_empty_rows, prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
-from torch_paged.hf.pressure import sample
+from torch_paged.hf.pressure import sample, wait_for_others
 from torch_paged.hf.random_state import RandomState
 from torch_paged.hf.support import Path, implementation_reason, training_reason
 from torch_paged.hf.unpadded import run_unpadded, saves_work
+from torch_paged.memory import PoolExhausted
 
 if TYPE_CHECKING:
     from torch_paged.hf.handle import PagedHandle
@@ -198,6 +199,32 @@ def _announced_call(
     args: Any,
     kwargs: dict[str, Any],
     compile_config: CompileConfig | None = None,
+) -> Any:
+    """`_paged_call`, again where blocks run out and calls of other threads free some."""
+    cache = named.get("past_key_values")
+    if not isinstance(cache, PagedCache) or not cache.made_by_generate:
+        return _paged_call(base, handle, model, named, args, kwargs, compile_config)
+    if cache.state.num_seqs is None:
+        cache.state.pools.line.wait_behind()
+    random_state = RandomState() if model.training else None
+    while True:
+        try:
+            return _paged_call(base, handle, model, named, args, kwargs, compile_config)
+        except PoolExhausted:
+            if not wait_for_others(cache, named):
+                raise
+        if random_state is not None:
+            random_state.restore()
+
+
+def _paged_call(
+    base: type[Any],
+    handle: PagedHandle,
+    model: Any,
+    named: dict[str, Any],
+    args: Any,
+    kwargs: dict[str, Any],
+    compile_config: CompileConfig | None,
 ) -> Any:
     """A call whose PagedCache, if it has one, knows what it stores and whether attention reads the blocks.
 

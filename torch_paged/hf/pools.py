@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from torch_paged.hf.config import PagedConfig
+from torch_paged.hf.line import Line
 from torch_paged.memory import MemoryBudget, Pool, PoolStats, PrefixIndex
 
 
@@ -23,15 +26,20 @@ class GroupKey(NamedTuple):
 
 
 class Pools:
-    """Created on demand from the shapes that the model's layers show; the pools of a device share one budget."""
+    """Created on demand from the shapes that the model's layers show; the pools of a device share one budget.
+
+    Attributes:
+        lock: of all budgets: what is remembered of a prefix must be there on every device.
+        line: the calls that use them.
+    """
 
     def __init__(self, config: PagedConfig) -> None:
         self.config = config
-        # Of all budgets: what is remembered of a prefix must be there on every device.
         self.lock = threading.RLock()
         self._lock = threading.Lock()
         self._budgets: dict[torch.device, MemoryBudget] = {}
         self._pools: dict[tuple[GroupKey, int], Pool] = {}
+        self.line = Line(self.lock, self.free_bytes)
 
     def get(self, key: GroupKey, num_layers: int) -> Pool:
         """The pool of a group; `num_layers` is how many layers at most will share its blocks."""
@@ -57,6 +65,38 @@ class Pools:
         with self._lock:
             return [b.prefix_index for b in self._budgets.values() if b.prefix_index is not None]
 
+    def free_bytes(self) -> int:
+        """Bytes that can be had on all devices, what only the prefix indexes hold included; with the lock."""
+        pools = self._with_blocks()
+        budgets = {id(pool.budget): pool.budget for pool in pools}
+        for budget in budgets.values():
+            budget.settle()
+        return sum(budget.free_bytes for budget in budgets.values()) + sum(
+            pool.num_cached * pool.block_bytes for pool in pools
+        )
+
+    def have_room(self, seq_lens: np.ndarray, num_tokens: np.ndarray, besides: dict[Pool, int] | None = None) -> bool:
+        """Whether rows of these lengths, int64 `[rows]`, can grow by so many tokens that share nothing; with the lock.
+
+        Of sliding layers, which hold less than that, as many as a window may touch.
+
+        Args:
+            besides: more blocks that are needed.
+        """
+        needed: defaultdict[int, int] = defaultdict(int)
+        for pool, num_blocks in (besides or {}).items():
+            needed[id(pool.budget)] += num_blocks * pool.block_bytes
+        available: dict[int, int] = {}
+        for pool in self._with_blocks():
+            size, most = pool.block_size, pool.sliding_window + 2 * pool.block_size
+            before, after = seq_lens, seq_lens + num_tokens
+            if pool.sliding_window:
+                before, after = np.minimum(before, most), np.minimum(after, most)
+            needed[id(pool.budget)] += int((-(-after // size) - -(-before // size)).sum()) * pool.block_bytes
+            available.setdefault(id(pool.budget), pool.budget.free_bytes)
+            available[id(pool.budget)] += pool.num_cached * pool.block_bytes
+        return all(needed[budget] <= nbytes for budget, nbytes in available.items())
+
     def stats(self) -> PoolStats:
         return PoolStats.total([pool.stats() for pool in self._snapshot()])
 
@@ -68,6 +108,9 @@ class Pools:
         """Give the pages of free blocks back to the system."""
         for pool in self._snapshot():
             pool.trim()
+
+    def _with_blocks(self) -> list[Pool]:
+        return [pool for pool in self._snapshot() if pool.has_blocks]
 
     def _snapshot(self) -> list[Pool]:
         with self._lock:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -22,6 +24,7 @@ from torch_paged.hf.packing import pack_problem
 from torch_paged.hf.progress import Progress
 from torch_paged.hf.row_by_row import end_alone, works_row_by_row
 from torch_paged.hf.support import Path, implementation_reason, training_reason
+from torch_paged.hf.swapped_row import SwappedBatch
 from torch_paged.hf.turns import Turns
 from torch_paged.hf.waves import in_waves
 from torch_paged.memory import PoolExhausted
@@ -48,14 +51,16 @@ def sample(
     `Turns`; greedy tokens stay those of stock, samples are drawn from the same distributions by other draws. Where one
     is not known to, the rows that fit run to their end, then the next ones.
 
+    Until others can free blocks too: what runs in other threads over the same pools. A row alone waits for these.
+
     Args:
         stock: `_sample` of the model's stock class, bound.
         handle: of the patched model.
         forward: of the patched model.
 
     Raises:
-        PoolExhausted: not even one row fits; or `on_pressure="error"`, or what the caller asked for (scores, a
-            streamer, inputs of another kind) needs all rows at once.
+        PoolExhausted: nobody else can free blocks, and not even one row fits, or what the caller asked for (scores, a
+            streamer, inputs of another kind) needs all rows at once; or `on_pressure="error"`.
     """
     cache = kwargs.get("past_key_values")
     stock = functools.partial(stock, generation_config=generation_config)
@@ -64,20 +69,28 @@ def sample(
     ):
         return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
     progress = Progress(stopping_criteria, input_ids)
-    try:
-        return stock(input_ids, logits_processor, progress, **kwargs)
-    except PoolExhausted as error:
-        if len(input_ids) == 1:
-            raise
-        exhausted = error.with_traceback(None)
-    kwargs = {name: value for name, value in kwargs.items() if name in _INPUTS}
     mask = kwargs.get("attention_mask")
     # A mask of any dtype, as stock takes it.
     mask = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
+    take_turns = (
+        bool(mask.any(dim=1).all())
+        and works_row_by_row(logits_processor, stopping_criteria)
+        and end_alone(stopping_criteria)
+    )
+    # A single row of which it is not known goes on as it is, once other threads have freed blocks for it.
+    cache.state.divides = take_turns or len(input_ids) > 1
+    try:
+        return stock(input_ids, logits_processor, progress, **kwargs)
+    except PoolExhausted as error:
+        if not cache.state.divides:
+            raise
+        exhausted = error.with_traceback(None)
+    finally:
+        cache.state.divides = False
+    kwargs = {name: value for name, value in kwargs.items() if name in _INPUTS}
     kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, progress.ids.shape[1] - mask.shape[1]), value=1)
     kwargs.pop("position_ids", None)
-    begun = bool(kwargs["attention_mask"].any(dim=1).all())
-    if begun and works_row_by_row(logits_processor, stopping_criteria) and end_alone(stopping_criteria):
+    if take_turns:
         try:
             turns = Turns(forward.model, cache, logits_processor, stopping_criteria, generation_config)
             return turns.run(progress.ids, kwargs["attention_mask"], ~progress.done)
@@ -86,6 +99,37 @@ def sample(
     return in_waves(
         stock, cache, logits_processor, stopping_criteria, progress.ids, progress.done, generation_config, kwargs
     )
+
+
+def wait_for_others(cache: PagedCache, inputs: dict[str, Any]) -> bool:
+    """After a call over `inputs` found too few blocks: wait until calls of other threads have freed as many.
+
+    Returns: whether to call again; False where its rows can be divided, or nobody can free anything.
+    """
+    state = cache.state
+    if state.divides or cache.config.on_pressure == "error":
+        return False
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    tokens = inputs["inputs_embeds"] if ids is None else ids
+    new = np.full(len(tokens), tokens.shape[1])
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        new = (mask[:, -tokens.shape[1] :] != 0).sum(1).cpu().numpy()
+    line, lengths, room = state.pools.line, state.seq_lens, state.pools.have_room
+    if not line.has_others:
+        return False
+    if state.num_seqs is None:
+        return line.wait(functools.partial(room, np.zeros_like(new), new), holds=False)
+    if line.is_first:
+        return line.wait(functools.partial(room, lengths, new), holds=True)
+    try:
+        swapped = SwappedBatch(list(state.groups.values()))
+    except (MemoryError, RuntimeError):
+        return line.wait(functools.partial(room, lengths, new), holds=True)
+    while line.wait(functools.partial(room, lengths, new, swapped.num_blocks), holds=False):
+        with suppress(PoolExhausted):
+            swapped.restore()
+            return True
+    return False
 
 
 def _may_wait(

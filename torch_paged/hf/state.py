@@ -44,6 +44,8 @@ class CacheState:
         self.packs: tuple[int, int] | None = None
         # Why calls over this cache must gather, once one was found to.
         self.refusal: str | None = None
+        # Its rows are put aside one by one when blocks run out; else the call waits as a whole for those of others.
+        self.divides = False
         # Columns that the mask hides are stored as others are.
         self.keeps_pads = False
 

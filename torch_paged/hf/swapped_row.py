@@ -1,4 +1,4 @@
-"""Swapped: one row of a PagedCache in CPU memory, of all groups of layers."""
+"""Swapped and SwappedBatch: a row of a PagedCache, or all of them, in CPU memory, of all groups of layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from torch_paged.hf.group import LayerGroup
-from torch_paged.memory import PoolExhausted, SwappedRow
+from torch_paged.memory import Pool, PoolExhausted, SwappedRow
 
 
 def swap_out(groups: Sequence[LayerGroup], row: int) -> Swapped | None:
@@ -54,14 +54,51 @@ class Swapped:
         """
         # The pools of a model have one lock.
         with self._groups[0].pool.lock:
-            blocks: list[np.ndarray] = []
-            try:
-                for group in self._groups:
-                    group.pool.budget.settle()
-                    blocks.append(group.pool.allocator.allocate(self.num_blocks(group)))
-            except PoolExhausted:
-                for group, taken in zip(self._groups, blocks, strict=False):
-                    group.pool.allocator.release(taken)
-                raise
-            for group, taken in zip(self._groups, blocks, strict=True):
-                group.swap_in(self._rows[id(group)], row, taken)
+            taken = _allocated({group.pool: self.num_blocks(group) for group in self._groups})
+            for group in self._groups:
+                group.swap_in(self._rows[id(group)], row, taken[group.pool])
+
+
+class SwappedBatch:
+    """Takes all rows out of every group, which leaves them there without tokens.
+
+    Raises:
+        MemoryError, RuntimeError: the system has no memory for them; nothing has changed.
+    """
+
+    def __init__(self, groups: Sequence[LayerGroup]) -> None:
+        self._groups = list(groups)
+        with self._groups[0].pool.lock:
+            self._tables = [group.swap_out_all() for group in self._groups]
+            for tables in self._tables:
+                tables.leave()
+
+    @property
+    def num_blocks(self) -> dict[Pool, int]:
+        """Blocks that `restore` needs."""
+        return {group.pool: tables.num_blocks for group, tables in zip(self._groups, self._tables, strict=True)}
+
+    def restore(self) -> None:
+        """Make the rows hold their tokens again.
+
+        Raises:
+            PoolExhausted: too few blocks are free; the rows are empty, and may be restored later.
+        """
+        with self._groups[0].pool.lock:
+            taken = _allocated(self.num_blocks)
+            for group, tables in zip(self._groups, self._tables, strict=True):
+                tables.restore(taken[group.pool])
+
+
+def _allocated(num_blocks: dict[Pool, int]) -> dict[Pool, np.ndarray]:
+    """So many blocks of each pool, all or none; with the lock."""
+    taken: dict[Pool, np.ndarray] = {}
+    try:
+        for pool, wanted in num_blocks.items():
+            pool.budget.settle()
+            taken[pool] = pool.allocator.allocate(wanted)
+    except PoolExhausted:
+        for pool, blocks in taken.items():
+            pool.allocator.release(blocks)
+        raise
+    return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,8 @@ class Turns:
     The row that comes first in the batch has waited longest and is admitted first; its prompt is computed beside the
     decode steps of the others. When blocks run out, the running row that comes last is swapped to CPU memory or dropped
     (`on_pressure`), and goes on, from where it was, when its turn comes again. Blocks that it shared stay in the pool
-    until the only row that runs needs them: then its tokens are computed again.
+    until the only row that runs needs them: then its tokens are computed again. Where blocks are missing that calls in
+    other threads hold, that row waits for them, and keeps none meanwhile unless its call came first.
 
     Source: admission and preemption as in PagedAttention's scheduler, arXiv 2309.06180, section 4.5.
     """
@@ -60,6 +62,7 @@ class Turns:
         self._model, self._cache = model, cache
         self._processors, self._criteria, self._config = processors, criteria, config
         self._swaps = cache.config.on_pressure == "swap"
+        self._line = cache.state.pools.line
         self._running: dict[int, _Rows] = {}  # by columns
         self._waiting: list[int] = []  # a heap
         self._ids: dict[int, Tensor] = {}  # int64 [columns], of the rows that wait or have ended
@@ -121,8 +124,10 @@ class Turns:
                 active = [row for each in self._running.values() for row in each.rows]
                 if len(active) > 1:
                     self._preempt(max(active))
-                elif not self._forget_kept():
+                elif not self._forget_kept() and not self._wait(active[0], len(pieces[active[0]])):
                     raise
+                if not self._running:
+                    return
             else:
                 self._select(list(pieces), outputs.logits[0])
                 return
@@ -176,7 +181,7 @@ class Turns:
         while self._waiting:
             row = self._waiting[0]
             active = sum(len(each.rows) for each in self._running.values())
-            if active and not self._fits(row, active):
+            if active and (self._line.others_wait or not self._fits(row, active)):
                 return
             heapq.heappop(self._waiting)
             if (swapped := self._swapped.pop(row, None)) is not None:
@@ -187,7 +192,7 @@ class Turns:
                     heapq.heappush(self._waiting, row)
                     if active:
                         return
-                    if not self._forget_kept(besides=row):
+                    if not self._forget_kept(besides=row) and not self._wait_for(row):
                         raise
                     continue
             ids = self._ids.pop(row)[None]
@@ -197,6 +202,9 @@ class Turns:
 
     def _fits(self, row: int, active: int) -> bool:
         """Whether there are blocks for the row and its next token, and one for each of `active` rows."""
+        if not self._groups():
+            new = np.array([len(self._ids[row]) - int(self._pads[row]) + 1])
+            return self._cache.state.pools.have_room(np.zeros_like(new), new)
         needed: dict[int, int] = {}
         available: dict[int, int] = {}
         swapped = self._swapped.get(row)
@@ -217,6 +225,24 @@ class Turns:
                 if other.pool.budget is budget
             )
         return all(needed[budget] <= available[budget] for budget in needed)
+
+    def _wait(self, row: int, num_tokens: int) -> bool:
+        """Wait until calls of other threads have freed blocks for the only row that runs; False if none can.
+
+        It keeps its blocks where it came before all others.
+        """
+        if not self._line.has_others:
+            return False
+        if not self._line.is_first:
+            self._preempt(row)
+            return self._wait_for(row)
+        lengths, new = np.array([self._fed(row)]), np.array([num_tokens])
+        enough = functools.partial(self._cache.state.pools.have_room, lengths, new)
+        return self._line.wait(enough, holds=bool(lengths[0]))
+
+    def _wait_for(self, row: int) -> bool:
+        """Likewise for the first row that waits, while none runs."""
+        return self._line.wait(functools.partial(self._fits, row, 0), holds=False)
 
     def _preempt(self, row: int) -> None:
         for columns, each in list(self._running.items()):

@@ -6,7 +6,7 @@ from torch_paged.memory.pool import Pool
 from torch_paged.memory.prefix_index import PrefixIndex, hit_length
 from torch_paged.memory.prefix_keys import block_keys, full_blocks, root_key
 from torch_paged.memory.stats import PoolStats
-from torch_paged.memory.swap import SwappedRow
+from torch_paged.memory.swap import SwappedRow, SwappedTables
 from torch_paged.memory.tables import BlockTables
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PoolStats",
     "PrefixIndex",
     "SwappedRow",
+    "SwappedTables",
     "block_keys",
     "full_blocks",
     "hit_length",

@@ -80,6 +80,11 @@ class Pool:
         return self._allocator
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether `layer` was called, so that the size of a block is known."""
+        return self._allocator is not None
+
+    @property
     def num_shared(self) -> int:
         """Blocks with more than one owner."""
         return self._allocator.num_shared if self._allocator else 0

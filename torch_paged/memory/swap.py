@@ -1,4 +1,4 @@
-"""SwappedRow: the tokens of one row in CPU memory while its blocks serve others."""
+"""SwappedRow and SwappedTables: one row of a batch, or all of them, in CPU memory while the blocks serve others."""
 
 import functools
 import weakref
@@ -85,12 +85,71 @@ class SwappedRow:
             self._saved = []
 
 
-def _held_by_others(pool: Pool, blocks: np.ndarray) -> np.ndarray:
-    """bool `[len(blocks)]`: whether another row than one holds the block; the prefix index is none."""
-    owners = np.where(blocks >= 0, pool.allocator.ref_counts[blocks], 0)
+class SwappedTables:
+    """Takes all rows of a batch out of its tables once `leave` is called.
+
+    Blocks that the batch alone holds, whichever of its rows share them, are in CPU memory once, and free then. Those
+    that others hold too stay, held for it. Dropping the object gives them back.
+
+    Args:
+        pool: of the tables.
+        tables: the batch.
+
+    Attributes:
+        num_blocks: blocks that `restore` needs.
+
+    Raises:
+        MemoryError, RuntimeError: the system has no memory for them; nothing has changed.
+    """
+
+    def __init__(self, pool: Pool, tables: BlockTables) -> None:
+        self._pool, self._tables = pool, tables
+        self._blocks, self._first, self._seq_lens = tables.held()
+        distinct, counts = np.unique(self._blocks[self._blocks >= 0], return_counts=True)
+        owners = _owners(pool, distinct)
+        self._alone, self._kept = distinct[owners <= counts].astype(np.int64), distinct[owners > counts]
+        self._saved = pool.save_blocks(self._alone) if len(self._alone) else []
+        self.num_blocks = len(self._alone)
+        self._finalizer: weakref.finalize[..., SwappedTables] | None = None
+
+    def leave(self) -> None:
+        """Give the blocks up; with the lock of the pool since this was made."""
+        self._pool.allocator.retain(self._kept)
+        self._tables.release()
+        release = functools.partial(self._pool.allocator.release, self._kept)
+        self._finalizer = weakref.finalize(self, self._pool.budget.abandon, release)
+        self._finalizer.atexit = False
+
+    def restore(self, new: Ids) -> None:
+        """Make the batch hold its rows again, in these blocks, int64 `[num_blocks]`. Once; with the lock."""
+        place = np.arange(int(self._blocks.max(initial=0)) + 2, dtype=np.int32)
+        place[-1] = -1  # where -1 points at
+        place[self._alone] = new
+        try:
+            if len(new):
+                self._pool.load_blocks(self._saved, new)
+            self._tables.hold(place[self._blocks], self._first, self._seq_lens)
+        except BaseException:
+            self._pool.allocator.release(new)
+            raise
+        # The rows have their own references by now.
+        self._pool.allocator.release(new)
+        self._pool.allocator.release(self._kept)
+        assert self._finalizer is not None
+        self._finalizer.detach()
+
+
+def _owners(pool: Pool, blocks: np.ndarray) -> np.ndarray:
+    """int `[len(blocks)]`: references to each block, but for that of the prefix index."""
+    owners: np.ndarray = pool.allocator.ref_counts[blocks]
     if pool.budget.prefix_index is not None:
         owners = owners - np.isin(blocks, pool.budget.prefix_index.blocks(pool.allocator))
-    held: np.ndarray = owners > 1
+    return owners
+
+
+def _held_by_others(pool: Pool, blocks: np.ndarray) -> np.ndarray:
+    """bool `[len(blocks)]`: whether another row than one holds the block; the prefix index is none."""
+    held: np.ndarray = (blocks >= 0) & (_owners(pool, blocks) > 1)
     return held
 
 

@@ -283,6 +283,24 @@ class BlockTables:
             self._rows.give_back()
             self._first, self.seq_lens = np.zeros_like(self._first), np.zeros_like(self.seq_lens)
 
+    def held(self) -> tuple[NDArray[np.int32], Ints, Ints]:
+        """What `hold` makes the same rows of again: block ids `[num_seqs, width]`, blocks gone per row, `seq_lens`."""
+        return self._rows.table.copy(), self._first, self.seq_lens
+
+    def hold(self, blocks: NDArray[np.int32], first: Ints, seq_lens: Ints) -> None:
+        """Make empty rows those that `held` returned, in these blocks, which get a reference for each row.
+
+        Raises:
+            ValueError: a row is not empty, or a block is free; nothing has changed.
+        """
+        with self._pool.lock:
+            if self.seq_lens.any() or len(blocks) != self.num_seqs:
+                raise ValueError(f"blocks: {len(blocks)} rows; must be {self.num_seqs}, and those here empty")
+            self._pool.allocator.exchange(blocks[blocks >= 0], NO_IDS)
+            self._rows.allocator = self._pool.allocator
+            self._rows.table = blocks
+            self._first, self.seq_lens = first, seq_lens
+
     def step(self, rows: Ints | None = None) -> tuple[Tensor, Tensor]:
         """What the ops read in one forward, on the pool's device.
 

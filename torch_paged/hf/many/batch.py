@@ -59,6 +59,8 @@ class Batch:
         stock = DynamicCache(config=model.config.get_text_config(decoder=True))
         cache = handle.replace(model, stock) if handle.support(model).path is Path.NATIVE else stock
         self._cache: PagedCache | None = cache if isinstance(cache, PagedCache) else None
+        # The calls that draw from the same pools.
+        self.pools = handle.settings[1]
         if self._cache is not None:
             # Each sequence has prefixes of its own, as salts differ and weights may change between two of them.
             self._cache.state.prefixes = None

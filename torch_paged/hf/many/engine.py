@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator
 
@@ -78,6 +79,8 @@ class Engine:
         self._chunk = max(1, max_num_batched_tokens - batch.num_rows) if batch.deterministic else None
         self._cancelled: set[Hashable] = set()
         self._lock = threading.Lock()
+        self._line = batch.pools.line
+        self._place = self._line.add()
 
     def cancel(self, request_id: Hashable) -> None:
         """End a request at the next step; from any thread."""
@@ -90,16 +93,20 @@ class Engine:
         start = now()
         self.outcome.events = []
         try:
-            self._drop_cancelled_and_late()
-            self._admit()
-            if len(self._rows.used):
-                self._run()
+            with self._line.computing(self._place):
+                self._drop_cancelled_and_late()
+                self._admit()
+                if len(self._rows.used):
+                    self._run()
         finally:
             self.counts.seconds += now() - start
+        if not len(self._rows.used):
+            self._line.move_back(self._place)
         return self.outcome.events, bool(len(self._rows.used)) or self._waiting.first() is not None
 
     def close(self) -> None:
         """Give all blocks back."""
+        self._line.remove(self._place)
         self._placement.close()
         self._batch.close()
         self._drafts.close()
@@ -142,8 +149,12 @@ class Engine:
                 sequence.forget_swapped()
                 self._run_alone(sequence)
                 continue
-            if not self._room.is_enough(self._batch, self._rows, sequence):
-                return
+            if len(self._rows.used):
+                # Calls of other threads that wait go before those that have not begun.
+                if self._line.others_wait or not self._room.is_enough(self._batch, self._rows, sequence):
+                    return
+            else:
+                self._line.wait_behind()
             self._waiting.remove(sequence)
             try:
                 left -= len(sequence.tokens) - self._placement.place(sequence)
@@ -151,7 +162,7 @@ class Engine:
                 self._waiting.put_back(sequence)
                 if len(self._rows.used):
                     return
-                if not self._placement.forget_kept(besides=sequence):
+                if not self._placement.forget_kept(besides=sequence) and not self._wait_for(sequence):
                     self._end(sequence, "error", error.with_traceback(None))
 
     def _is_prepared(self, sequence: Sequence) -> bool:
@@ -250,8 +261,30 @@ class Engine:
         elif len(used) > 1 and self._preempts:
             self._room.preempted()
             self._placement.preempt(youngest)
-        elif len(used) > 1 or not self._placement.forget_kept():
+        elif len(used) > 1 or not (self._placement.forget_kept() or self._wait(youngest)):
             self._end(self._rows.sequence(youngest), "error", error.with_traceback(None))
+
+    def _wait(self, row: int) -> bool:
+        """Wait until calls of other threads have freed blocks for the only row that runs; False if none can.
+
+        It keeps its blocks where `generate_many` came before all others.
+        """
+        if not self._preempts or not self._line.has_others:
+            return False
+        if not self._line.is_first:
+            sequence = self._rows.sequence(row)
+            self._placement.preempt(row)
+            return self._wait_for(sequence)
+        lengths, pending = self._rows.computed[[row]], self._rows.pending[[row]]
+        enough = functools.partial(self._batch.pools.have_room, lengths, np.minimum(pending, self._max_tokens))
+        return self._line.wait(enough, holds=True)
+
+    def _wait_for(self, sequence: Sequence) -> bool:
+        """Likewise for a sequence that waits, while no row is used."""
+        if not self._preempts:
+            return False
+        new = np.array([len(sequence.tokens) + 1])
+        return self._line.wait(functools.partial(self._batch.pools.have_room, np.zeros_like(new), new), holds=False)
 
     # Its results.
 

@@ -95,7 +95,7 @@ class Placement:
     def remember(self, row: int) -> None:
         """Remember the full blocks of a row as prefixes."""
         sequence = self._rows.sequence(row)
-        if sequence.prefixes is not None:
+        if sequence.prefixes is not None and self._rows.computed[row]:
             self._batch.remember(row, self._rows.of_row(row), sequence.prefixes)
 
     def close(self) -> None:
