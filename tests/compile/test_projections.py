@@ -155,3 +155,59 @@ def test_a_view_that_a_part_does_not_allow(lowered: Lowered) -> None:
     out = torch.compile(run, backend="torch_paged", fullgraph=True)(torch.ones(2, 6))
     torch.testing.assert_close(out, run(torch.ones(2, 6)))
     assert lowered.count("paged.packed_linear") == 2
+
+
+class Transposed(nn.Module):
+    """As transformers' Conv1D in GPT-2: the weight is `[in_features, out_features]`."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return out.view(*x.shape[:-1], -1)
+
+
+class TwoTransposed(nn.Module):
+    """Two layers over one input, of which the second is 32 wide: its packed form needs no filling up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Transposed(5), Transposed(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        both = torch.addmm(self.a.bias, rows, self.a.weight), torch.addmm(self.b.bias, rows, self.b.weight)
+        return torch.cat((*both, self.a(x).flatten(0, 1)), -1)
+
+
+@pytest.mark.parametrize(("merge", "prepack", "counts"), [
+    (True, True, (0, 2)), (True, False, (2, 0)), (False, True, (0, 3)), (False, False, (3, 0))
+])  # fmt: skip
+@torch.no_grad()
+def test_transposed_weights(merge: bool, prepack: bool, counts: tuple[int, int], lowered: Lowered) -> None:
+    model, x = TwoTransposed(), torch.randn(2, 3, 6)
+    compiled = torch.compile(
+        model, backend="torch_paged", fullgraph=True, options={"merge_projections": merge, "prepack": prepack}
+    )
+    torch.testing.assert_close(compiled(x), model(x))
+    assert (lowered.count("aten.addmm"), lowered.count("paged.packed_linear")) == counts
+    # Followed as others are.
+    model.a.weight.mul_(2)
+    model.b.weight = nn.Parameter(torch.randn(6, 32))
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_sums_that_are_no_linear_layer(lowered: Lowered) -> None:
+    """A bias for each row, a scaled product, a matrix that is computed."""
+    model, x, rows = Transposed(5), torch.randn(3, 6), nn.Parameter(torch.randn(3, 5))
+
+    def run(x: Tensor) -> Tensor:
+        scaled = torch.addmm(model.bias, x, model.weight, alpha=2)
+        return torch.addmm(rows, x, model.weight) + scaled + torch.addmm(model.bias, x, model.weight * 2)
+
+    torch.testing.assert_close(torch.compile(run, backend="torch_paged", fullgraph=True)(x), run(x))
+    assert lowered.count("paged.packed_linear") == 0

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,29 @@ _linear = torch._C._nn.linear
 _MAX_FLOAT32_ROWS = 64
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer as a graph has it.
+
+    Attributes:
+        node: its result.
+        rows: what it multiplies, `[..., in_features]`.
+        weight: `[out_features, in_features]`, or the other way around.
+        bias: `[out_features]`.
+        transposed: weight is `[in_features, out_features]`, as in transformers' Conv1D.
+    """
+
+    node: Node
+    rows: Any
+    weight: Any
+    bias: Any
+    transposed: bool
+
+    @property
+    def out_features(self) -> int:
+        return int(_value(self.weight).shape[1 if self.transposed else 0])
+
+
 def freeze_projections(
     graph: GraphModule, inputs: Sequence[Any], options: CompileOptions
 ) -> tuple[GraphModule, list[Derived]]:
@@ -39,7 +63,7 @@ def freeze_projections(
     merged = packed = 0
     for layers in _sharing_an_input(graph.graph, places, inputs):
         for group in [layers] if options.merge_projections else [[layer] for layer in layers]:
-            pack = options.prepack and _packs(group[0], inputs[places[_weight(group[0])]])
+            pack = options.prepack and _packs(group[0], inputs[places[group[0].weight]])
             if not pack and len(group) == 1:
                 continue
             _replace(graph, group, pack, places, inputs, derived)
@@ -61,27 +85,50 @@ def packed_weights(weights: Sequence[Tensor]) -> Tensor:
     return pack_linear_weight(_together(weights))
 
 
+def merged_transposed_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights `[in_features, out_features]` as those of one linear layer, `[out_features, in_features]`."""
+    return _together([weight.t() for weight in weights])
+
+
+def packed_transposed_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights `[in_features, out_features]` as those of one linear layer, packed."""
+    return pack_linear_weight(_together([weight.t() for weight in weights]))
+
+
 def _together(weights: Sequence[Tensor]) -> Tensor:
     return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
 
 
-def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[Any]) -> list[list[Node]]:
+def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[Any]) -> list[list[_Layer]]:
     """Return linear layers over frozen weights, grouped by what they multiply."""
     if torch.is_grad_enabled() or _autocasts(graph):
         return []
-    groups: dict[Any, list[Node]] = defaultdict(list)
-    for node in graph.find_nodes(op="call_function", target=_linear):
-        if node.kwargs or not _is_frozen(_weight(node), places, inputs):
+    groups: dict[Any, list[_Layer]] = defaultdict(list)
+    for layer in filter(None, map(_layer, graph.nodes)):
+        if not _is_frozen(layer.weight, places, inputs):
             continue
-        bias, value, weight = _bias(node), _value(node.args[0]), inputs[places[_weight(node)]]
-        if bias is not None and not _is_frozen(bias, places, inputs):
+        if layer.bias is not None and not _is_frozen(layer.bias, places, inputs):
             continue
+        value, weight = _value(layer.rows), inputs[places[layer.weight]]
         if not isinstance(value, Tensor) or value.dtype != weight.dtype or weight.dim() != 2 or value.dim() < 2:
             continue
-        groups[node.args[0], weight.dtype, weight.device, bias is None].append(node)
+        if layer.bias is not None and _value(layer.bias).shape != (layer.out_features,):
+            continue
+        groups[layer.rows, weight.dtype, weight.device, layer.bias is None, layer.transposed].append(layer)
     return [group for group in groups.values() if _splits(group)] + [
         [layer] for group in groups.values() if not _splits(group) for layer in group
     ]
+
+
+def _layer(node: Node) -> _Layer | None:
+    if node.op != "call_function" or node.kwargs:
+        return None
+    if node.target is _linear:
+        return _Layer(node, node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None, False)
+    if node.target is torch.addmm:
+        bias, rows, weight = node.args
+        return _Layer(node, rows, weight, bias, True)
+    return None
 
 
 def _is_frozen(node: Any, places: dict[Node, int], inputs: Sequence[Any]) -> bool:
@@ -98,10 +145,10 @@ def _autocasts(graph: Graph) -> bool:
     return inside or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def _splits(group: list[Node]) -> bool:
+def _splits(group: list[_Layer]) -> bool:
     """Whether the parts of a merged result can be viewed as the layers' own results are."""
-    width = sum(_value(_weight(node)).shape[0] for node in group)
-    for node in group:
+    width = sum(layer.out_features for layer in group)
+    for node in (layer.node for layer in group):
         sizes = [_hint(size) for size in _value(node).shape]
         part = torch.empty(*sizes[:-1], width, device="meta")[..., : sizes[-1]]
         for user in node.users:
@@ -113,23 +160,23 @@ def _splits(group: list[Node]) -> bool:
     return True
 
 
-def _packs(node: Node, weight: Tensor) -> bool:
+def _packs(layer: _Layer, weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    rows = math.prod(_hint(size) for size in _value(node.args[0]).shape[:-1])
+    rows = math.prod(_hint(size) for size in _value(layer.rows).shape[:-1])
     return weight.dtype != torch.float32 or rows <= _MAX_FLOAT32_ROWS
 
 
 def _replace(
     module: GraphModule,
-    group: list[Node],
+    group: list[_Layer],
     pack: bool,
     places: dict[Node, int],
     inputs: Sequence[Any],
     derived: list[Derived],
 ) -> None:
-    graph, rows = module.graph, group[0].args[0]
-    sizes = [_value(_weight(node)).shape[0] for node in group]
+    graph, rows, transposed = module.graph, group[0].rows, group[0].transposed
+    sizes = [layer.out_features for layer in group]
 
     def new_input(nodes: list[Any], make: Any) -> Node:
         made = Derived(tuple(places[node] for node in nodes), make)
@@ -142,11 +189,15 @@ def _replace(
         derived.append(made)
         return node
 
-    weight = new_input([_weight(node) for node in group], packed_weights if pack else merged_weights)
-    bias = _bias(group[0])
+    if transposed:
+        make = packed_transposed_weights if pack else merged_transposed_weights
+    else:
+        make = packed_weights if pack else merged_weights
+    weight = new_input([layer.weight for layer in group], make)
+    bias = group[0].bias
     if bias is not None and len(group) > 1:
-        bias = new_input([_bias(node) for node in group], merged_weights)
-    with graph.inserting_before(group[0]):
+        bias = new_input([layer.bias for layer in group], merged_weights)
+    with graph.inserting_before(group[0].node):
         if pack:
             lead = _sizes(graph, rows)
             flat = graph.call_function(torch.ops.aten.reshape.default, (rows, [-1, lead.pop()]))
@@ -155,15 +206,15 @@ def _replace(
         else:
             out = graph.call_function(_linear, (rows, weight, bias))
         first = 0
-        for node, size in zip(group, sizes, strict=True):
+        for layer, size in zip(group, sizes, strict=True):
             part = out
             if len(group) > 1:
                 part = graph.call_function(torch.ops.aten.slice.Tensor, (out, -1, first, first + size))
             first += size
-            part.meta["example_value"] = _value(node)
-            node.replace_all_uses_with(part)
-    for node in group:
-        graph.erase_node(node)
+            part.meta["example_value"] = _value(layer.node)
+            layer.node.replace_all_uses_with(part)
+    for layer in group:
+        graph.erase_node(layer.node)
 
 
 def _sizes(graph: Graph, node: Any) -> list[Any]:
@@ -172,14 +223,6 @@ def _sizes(graph: Graph, node: Any) -> list[Any]:
         size if isinstance(size, int) else graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
         for dim, size in enumerate(_value(node).shape)
     ]
-
-
-def _weight(node: Node) -> Any:
-    return node.args[1]
-
-
-def _bias(node: Node) -> Any:
-    return node.args[2] if len(node.args) > 2 else None
 
 
 def _value(node: Any) -> Any:
