@@ -18,12 +18,13 @@ AFTER_THE_LOOP = ("attention_epilogue.cuh", "attention_merge.cuh")
 
 
 def samples():
-    """Decode and prefill, the head dimensions whose rows fill the banks evenly or do not."""
-    for head_dim in (64, 80, 128, 192, 256):
+    """Decode by each head dimension that has a kernel, prefill by tiles of 64 and 128 rows."""
+    for head_dim in (64, 80, 96, 112, 128, 160, 192, 256, 512):
         yield f"decode {head_dim}", {"rows": [(1, 200), (1, 90)], "head_dim": head_dim}
     yield "decode of pages of 1", {"rows": [(1, 70)], "head_dim": 128, "block_size": 1}
     yield "decode nhd", {"rows": [(1, 70)], "head_dim": 128, "layout": "nhd"}
     yield "prefill", {"rows": [(70, 90)], "head_dim": 128}
+    yield "prefill 256", {"rows": [(70, 90)], "head_dim": 256}
 
 
 def costs(sizes, dtype=torch.bfloat16):
