@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_paged.ops import empty_cache
 
-LAYOUTS = ("hnd", "nhd", "pool_view", "k_transposed")
+LAYOUTS = ("hnd", "nhd", "pool_view", "k_transposed", "unaligned")
 
 
 @dataclass
@@ -66,9 +66,11 @@ def paged_batch(
     query_lens = [query_len for query_len, _ in rows]
     num_tokens = sum(query_lens)
     # One side of a wider tensor, as the slices of a fused projection are.
-    fused = torch.randn(num_tokens, 2 * num_heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+    offset = int(layout == "unaligned")
+    wide = (num_tokens, 2 * num_heads, head_dim + offset)
+    fused = torch.randn(wide, generator=generator, dtype=torch.float64).to(dtype)
     return PagedBatch(
-        query=fused.to(device)[:, :num_heads],
+        query=fused.to(device)[:, :num_heads, offset:],
         key_cache=to_device(key_cache, device),
         value_cache=to_device(value_cache, device),
         block_table=to_device(table, device)[:, :-1],
@@ -93,12 +95,17 @@ def nan_cache(
         cache = torch.empty(sizes, dtype=dtype)
     elif layout == "pool_view":
         cache = torch.empty(num_blocks, 3, num_kv_heads, block_size, head_dim + 8, dtype=dtype)
+    elif layout == "unaligned":
+        # No row begins at a multiple of what a vector loads at once.
+        cache = torch.empty(num_blocks, num_kv_heads, block_size, head_dim + 1, dtype=dtype).transpose(1, 2)
     elif layout == "k_transposed" and is_key:
         cache = torch.empty(num_blocks, num_kv_heads, head_dim, block_size, dtype=dtype).permute(0, 3, 1, 2)
     else:
         cache = empty_cache(*sizes, dtype=dtype, device="cpu")[0]
     cache.fill_(torch.nan if dtype.is_floating_point else -1)
-    return cache[:, 1, :, :, :head_dim].transpose(1, 2) if layout == "pool_view" else cache
+    if layout == "pool_view":
+        return cache[:, 1, :, :, :head_dim].transpose(1, 2)
+    return cache[..., 1:] if layout == "unaligned" else cache
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:

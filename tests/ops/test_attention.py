@@ -27,7 +27,7 @@ def samples():
         yield f"heads {num_heads} / {num_kv_heads}", {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, {}
     for block_size in (1, 2, 4, 8, 32, 64, 128, 256):
         yield f"block_size {block_size}", {"block_size": block_size}, {}
-    for layout in ("nhd", "pool_view", "k_transposed"):
+    for layout in ("nhd", "pool_view", "k_transposed", "unaligned"):
         yield layout, {"layout": layout}, {}
     for name, options in {
         "bidirectional": {"causal": False},
@@ -49,7 +49,7 @@ def samples():
         yield f"num_splits {num_splits}", {"block_size": 4}, {"num_splits": num_splits}
     yield "deterministic", {}, {"deterministic": True}
     everything = {"softcap": 3.0, "alibi_slopes": True, "sinks": True, "key_scale": 2, "value_scale": 1}
-    for layout in ("hnd", "k_transposed"):
+    for layout in ("hnd", "k_transposed", "unaligned"):
         sizes = {"head_dim": 80, "v_head_dim": 40, "num_heads": 6, "block_size": 4, "layout": layout}
         yield f"everything {layout}", sizes, {**everything, "sliding_window": 19, "num_splits": 2}
         long = {"rows": [(1, 1000), (40, 200), (70, 70), (1, 3)], "layout": layout, "head_dim": 64, "num_heads": 8}

@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def samples():
     """Lengths around the block size, layouts, head sizes that differ, room past the longest, nothing at all."""
     lengths = [9, 0, 1, 4, 13]
-    for layout in ("hnd", "nhd", "pool_view", "k_transposed"):
+    for layout in ("hnd", "nhd", "pool_view", "k_transposed", "unaligned"):
         yield layout, {"lengths": lengths, "layout": layout, "v_head_dim": 24}
     for block_size in (1, 2, 16, 256):
         yield f"block_size {block_size}", {"lengths": lengths, "block_size": block_size}

@@ -20,6 +20,7 @@ def samples():
     yield "nhd", {"slots": some, "layout": "nhd"}
     yield "pool_view", {"slots": some, "layout": "pool_view"}
     yield "k_transposed", {"slots": some, "layout": "k_transposed"}
+    yield "unaligned", {"slots": some, "layout": "unaligned"}
     yield "odd sizes", {"slots": some, "head_dim": 5, "v_head_dim": 3, "num_kv_heads": 1}
     yield "one element a head", {"slots": some, "head_dim": 1, "v_head_dim": 1}
     yield "block_size 1", {"slots": [4, 2], "block_size": 1, "layout": "k_transposed"}

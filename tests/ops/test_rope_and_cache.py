@@ -23,6 +23,7 @@ def samples():
     yield "nhd", {"slots": some, "layout": "nhd"}
     yield "pool_view", {"slots": some, "layout": "pool_view"}
     yield "k_transposed", {"slots": some, "layout": "k_transposed"}
+    yield "unaligned", {"slots": some, "layout": "unaligned"}
     yield "k_transposed, partial", {"slots": some, "layout": "k_transposed", "head_dim": 48, "rotary_dim": 12}
     yield "whole vectors", {"slots": some, "head_dim": 128, "v_head_dim": 128}
     yield "vectors and a rest", {"slots": some, "head_dim": 96}
