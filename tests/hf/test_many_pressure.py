@@ -308,3 +308,16 @@ def test_prefixes_are_shared_by_requests_of_the_same_salt(name: str) -> None:
         assert used.blocks_used == used.blocks_cached > 0, "nobody but the index holds a block"
     for number, prompt in enumerate([*asked, asked[0]]):
         assert_answer(stock, prompt, answers[number], **NO_EOS)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "mistral"])
+def test_a_long_prefix_is_remembered_whole_behind_a_window(name: str) -> None:
+    """A question behind the same 60 tokens, whose last ones a window of 13 has left when the first prompt is computed."""
+    stock = tiny(name)
+    model = twin(stock)
+    asked = [torch.cat([prompts([60])[0], question]) for question in prompts([40, 41])]
+    with torch_paged.paged(model, block_size=BLOCK, prefix_caching=True, min_shared_prefix=0):
+        answers, stats = run(model, asked, max_num_seqs=1, max_num_batched_tokens=16, **NO_EOS)
+    assert answers[1].num_cached_tokens == stats.tokens_saved == 60
+    for number, prompt in enumerate(asked):
+        assert_answer(stock, prompt, answers[number], **NO_EOS)

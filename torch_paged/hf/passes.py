@@ -59,7 +59,7 @@ class Sharing:
         source, length = sharing.source, sharing.length
         order = sorted(range(len(rows)), key=lambda row: rows[row].astype(">i8").tobytes())
         for before, row in zip(order, order[1:], strict=False):
-            common = _common_prefix(rows[before], rows[row])
+            common = common_prefix(rows[before], rows[row])
             identical = common == len(rows[row]) == len(rows[before])
             if common == 0 or not (identical or 0 < at_least <= common):
                 continue
@@ -116,7 +116,8 @@ def _fork(
             forked.append(follower)
 
 
-def _common_prefix(a: Ints, b: Ints) -> int:
+def common_prefix(a: Ints, b: Ints) -> int:
+    """How many first tokens two rows have in common."""
     width = min(len(a), len(b))
     different = np.flatnonzero(a[:width] != b[:width])
     return int(different[0]) if len(different) else width

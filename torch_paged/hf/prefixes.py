@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_paged.hf.pools import GroupKey, Pools
 from torch_paged.hf.state import CacheState
 from torch_paged.hf.weights import Weights
-from torch_paged.memory import block_keys, full_blocks, hit_length, root_key
+from torch_paged.memory import Pool, block_keys, full_blocks, hit_length, root_key
 
 Ints = np.ndarray
 
@@ -80,6 +80,7 @@ class RowPrefixes:
         self._salt = salt
         self._epoch = -1
         self._root = b""
+        self._hashed: tuple[bytes, Ints, list[bytes], Ints] | None = None
 
     def adopt(self, model: nn.Module, state: CacheState, rows: Sequence[Ints]) -> Ints:
         """Let the rows of an empty cache begin with the blocks that are remembered for their tokens.
@@ -92,31 +93,74 @@ class RowPrefixes:
         Returns:
             int64 `[num_seqs]`, tokens of each row that it begins with.
         """
-        self._root = root_key(*(text.encode() for text in (self._salt, *_computed_by(model, state))))
+        self._root = self._root_of(model, state)
         pools, size = self._prefixes.pools, self._prefixes.pools.config.block_size
         with pools.lock:
             self._epoch = self._prefixes.epoch(model)
-            layout = self._prefixes.layouts.get(self._root, {})
-            pool_of = {key: pools.get(key, num_layers) for key, num_layers in layout.items()}
-            lengths, blocks = np.zeros(len(rows), dtype=np.int64), {key: list[Ints]() for key in layout}
-            for i, tokens in enumerate(rows if layout else ()):
-                keys, cached = block_keys(self._root, tokens[:-1], size), full_blocks(tokens[:-1], size)
-                found = {
-                    key: pool.budget.prefix_index.find(pool.allocator, keys, cached)
-                    for key, pool in pool_of.items()
-                    if pool.budget.prefix_index is not None
-                }
-                length = hit_length([(key.sliding_window, ids) for key, ids in found.items()], size)
+            lengths, blocks = np.zeros(len(rows), dtype=np.int64), {key: list[Ints]() for key in self._layout}
+            for i, tokens in enumerate(rows if self._layout else ()):
+                keys, found = self._found(tokens)
                 for index in pools.prefix_indexes():
-                    index.touch(keys[:length])
-                lengths[i] = length * size
+                    index.touch(keys)
+                lengths[i] = len(keys) * size
                 for key, ids in found.items():
-                    blocks[key].append(ids[:length])
+                    blocks[key].append(ids)
             if lengths.any():
                 state.adopt(lengths, blocks)
                 self._prefixes.hits += int(np.count_nonzero(lengths))
                 self._prefixes.tokens_saved += int(lengths.sum())
         return lengths
+
+    def find(self, model: nn.Module, state: CacheState, tokens: Ints) -> tuple[int, dict[Pool, tuple[int, int]]]:
+        """What `adopt` would let a row with these tokens begin with, if the weights have not changed.
+
+        Returns: how many tokens, and of each pool how many blocks of those that it would hold others hold now, too, and
+            how many nobody does.
+        """
+        with self._prefixes.pools.lock:
+            self._root = self._root_of(model, state)
+            keys, found = self._found(tokens)
+            held = {}
+            for key, num_layers in self._layout.items():
+                pool = self._prefixes.pools.get(key, num_layers)
+                if keys and key in found:
+                    # Of a sliding group, what the next token sees.
+                    behind = max(0, len(keys) * pool.block_size - key.sliding_window + 1) // pool.block_size
+                    blocks = found[key][behind if key.sliding_window else 0 :]
+                    num_held = int(np.count_nonzero(pool.allocator.ref_counts[blocks] > 1))
+                    held[pool] = num_held, len(blocks) - num_held
+            return len(keys) * self._prefixes.pools.config.block_size, held
+
+    @property
+    def salt(self) -> str:
+        """Whose rows these are."""
+        return self._salt
+
+    @property
+    def _layout(self) -> dict[GroupKey, int]:
+        return self._prefixes.layouts.get(self._root, {})
+
+    def _root_of(self, model: nn.Module, state: CacheState) -> bytes:
+        return root_key(*(text.encode() for text in (self._salt, *_computed_by(model, state))))
+
+    def _found(self, tokens: Ints) -> tuple[Sequence[bytes], dict[GroupKey, Ints]]:
+        """The keys of the blocks that a row with these tokens can begin with, and for each group these blocks.
+
+        Of a sliding group the first ones may be missing: -1. At least the last token is left to be computed.
+        """
+        pools, size = self._prefixes.pools, self._prefixes.pools.config.block_size
+        if self._hashed is None or self._hashed[0] != self._root or self._hashed[1] is not tokens:
+            keys, cached = block_keys(self._root, tokens[:-1], size), full_blocks(tokens[:-1], size)
+            # Whoever waits asks for the same again.
+            self._hashed = self._root, tokens, keys, cached
+        _, _, keys, cached = self._hashed
+        found = {}
+        for key, num_layers in self._layout.items():
+            pool = pools.get(key, num_layers)
+            if pool.budget.prefix_index is not None:
+                found[key] = pool.budget.prefix_index.find(pool.allocator, keys, cached)
+        length = hit_length([(key.sliding_window, ids) for key, ids in found.items()], size) if found else 0
+        return keys[:length], {key: ids[:length] for key, ids in found.items()}
 
     def remember(self, model: nn.Module, state: CacheState, rows: Sequence[Ints | None]) -> None:
         """Remember the full blocks of the rows, for the weights that `adopt` saw: if they changed since, nothing.

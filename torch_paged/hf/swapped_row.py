@@ -36,7 +36,7 @@ class Swapped:
     @property
     def keeps_blocks(self) -> bool:
         """Whether blocks that the row shared are held for it, in the pool."""
-        return any(row.keeps_blocks for row in self._rows.values())
+        return any(row.num_kept for row in self._rows.values())
 
     def is_of(self, groups: Iterable[LayerGroup]) -> bool:
         """Whether it was taken out of these groups."""
@@ -45,6 +45,10 @@ class Swapped:
     def num_blocks(self, group: LayerGroup) -> int:
         """Blocks of the group that `restore` needs."""
         return self._rows[id(group)].num_blocks
+
+    def num_kept(self, group: LayerGroup) -> int:
+        """Blocks of the group that others hold too, and that are held for the row."""
+        return self._rows[id(group)].num_kept
 
     def restore(self, row: int) -> None:
         """Make the empty row hold its tokens again.

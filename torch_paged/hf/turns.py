@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+from torch_paged.hf.beginning import Beginning, Beginnings
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.group import LayerGroup
 from torch_paged.hf.packed import packed_call
 from torch_paged.hf.row_by_row import for_rows
 from torch_paged.hf.swapped_row import Swapped, swap_out
 from torch_paged.memory import PoolExhausted
+
+_NONE = Beginning()
 
 
 @dataclass
@@ -83,6 +86,8 @@ class Turns:
             PoolExhausted: one row alone does not fit.
         """
         self._pads = (1 - attention_mask).sum(1).cpu().numpy()
+        begun = [row[pads:] for row, pads in zip(ids.cpu().numpy(), self._pads.tolist(), strict=True)]
+        self._beginnings = Beginnings(self._model, self._cache.state, begun)
         going = torch.nonzero(unfinished).flatten().tolist()
         if self._cache.state.num_seqs is None:
             self._ids = dict(enumerate(ids))
@@ -181,7 +186,12 @@ class Turns:
         while self._waiting:
             row = self._waiting[0]
             active = sum(len(each.rows) for each in self._running.values())
-            if active and (self._line.others_wait or not self._fits(row, active)):
+            beginning = Beginning()
+            if row not in self._swapped:
+                beginning = self._beginnings.of(row, (other for each in self._running.values() for other in each.rows))
+            if beginning.is_being_computed:
+                return
+            if active and (self._line.others_wait or not self._fits(row, active, beginning)):
                 return
             heapq.heappop(self._waiting)
             if (swapped := self._swapped.pop(row, None)) is not None:
@@ -195,13 +205,18 @@ class Turns:
                     if not self._forget_kept(besides=row) and not self._wait_for(row):
                         raise
                     continue
+            self._beginnings.take(row, beginning)
             ids = self._ids.pop(row)[None]
             self._running[ids.shape[1]] = _Rows([row], ids).joined(self._running.get(ids.shape[1]))
             if not self._groups():
                 return  # how large blocks are shows in the first forward pass
 
-    def _fits(self, row: int, active: int) -> bool:
-        """Whether there are blocks for the row and its next token, and one for each of `active` rows."""
+    def _fits(self, row: int, active: int, beginning: Beginning = _NONE) -> bool:
+        """Whether there are blocks for the row and its next token, and one for each of `active` rows.
+
+        Args:
+            beginning: of the row, if it is not swapped out.
+        """
         if not self._groups():
             new = np.array([len(self._ids[row]) - int(self._pads[row]) + 1])
             return self._cache.state.pools.have_room(np.zeros_like(new), new)
@@ -216,7 +231,7 @@ class Turns:
         for group in self._groups():
             size, budget = group.pool.block_size, group.pool.budget
             tokens = len(self._ids[row]) - int(self._pads[row])
-            blocks = -(-(tokens + 1) // size) if swapped is None else swapped.num_blocks(group) + 1
+            blocks = beginning.num_blocks(group, tokens + 1) if swapped is None else swapped.num_blocks(group) + 1
             blocks += active + sum(-(-tokens // size) for tokens in pending if tokens > 1)
             needed[id(budget)] = needed.get(id(budget), 0) + blocks * group.pool.block_bytes
             available[id(budget)] = budget.free_bytes + sum(

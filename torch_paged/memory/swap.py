@@ -25,7 +25,7 @@ class SwappedRow:
     Attributes:
         num_tokens: tokens of the row.
         num_blocks: blocks that `restore` needs.
-        keeps_blocks: whether some stay, held for this row.
+        num_kept: blocks that stay, held for this row.
 
     Source: swapping in PagedAttention, arXiv 2309.06180, section 4.5.
     """
@@ -46,7 +46,7 @@ class SwappedRow:
             if len(kept):
                 pool.allocator.retain(kept)
             tables.empty(np.array([row]))
-        self.num_blocks, self.keeps_blocks = len(alone), bool(len(kept))
+        self.num_blocks, self.num_kept = len(alone), len(kept)
         release = functools.partial(pool.allocator.release, kept) if len(kept) else _nothing
         self._finalizer = weakref.finalize(self, pool.budget.abandon, release)
         self._finalizer.atexit = False

@@ -16,12 +16,13 @@ from torch_paged.hf.call import NeedsOwnAttention
 from torch_paged.hf.disguise import stock_class
 from torch_paged.hf.handle import PagedHandle
 from torch_paged.hf.many.batch_invariant import batch_invariant
+from torch_paged.hf.many.sequence import Sequence
 from torch_paged.hf.packed import Forward, packed_call
 from torch_paged.hf.packing import pack_problem
 from torch_paged.hf.prefixes import RowPrefixes
 from torch_paged.hf.support import Path, implementation_reason, training_reason
 from torch_paged.hf.swapped_row import Swapped, swap_out
-from torch_paged.memory import PoolExhausted
+from torch_paged.memory import Pool, PoolExhausted
 
 Ints = np.ndarray
 
@@ -69,6 +70,11 @@ class Batch:
     def cache(self) -> PagedCache:
         assert self._cache is not None
         return self._cache
+
+    @property
+    def slides(self) -> bool:
+        """Whether some layers have a sliding window."""
+        return any(key.sliding_window for key in self.cache.state.groups)
 
     @property
     def problem(self) -> str | None:
@@ -126,6 +132,22 @@ class Batch:
         rows = [tokens[:0]] * self.num_rows
         rows[row] = tokens
         return int(prefixes.adopt(self.model, self.cache.state, rows)[row])
+
+    def num_remembered(self, sequence: Sequence) -> int:
+        """Tokens that the sequence could begin with, with up to a block behind them that is not remembered."""
+        if sequence.prefixes is None:
+            return 0
+        tokens, _ = sequence.prefixes.find(self.model, self.cache.state, sequence.tokens)
+        return tokens + self.handle.config.block_size - 1
+
+    def held_of(self, sequence: Sequence) -> dict[Pool, int]:
+        """How many blocks of each pool the sequence will begin with that are held anyway, now that it waits."""
+        if sequence.swapped is not None:
+            return {group.pool: sequence.swapped.num_kept(group) for group in self.cache.state.groups.values()}
+        if sequence.prefixes is None:
+            return {}
+        _, of_pools = sequence.prefixes.find(self.model, self.cache.state, sequence.tokens)
+        return {pool: held for pool, (held, _) in of_pools.items()}
 
     def remember(self, row: int, tokens: Ints, prefixes: RowPrefixes) -> None:
         """Remember the full blocks of a row with these tokens."""

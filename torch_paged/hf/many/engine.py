@@ -149,6 +149,8 @@ class Engine:
                 sequence.forget_swapped()
                 self._run_alone(sequence)
                 continue
+            if self._placement.begins_with_what_is_being_computed(sequence):
+                return
             if len(self._rows.used):
                 # Calls of other threads that wait go before those that have not begun.
                 if self._line.others_wait or not self._room.is_enough(self._batch, self._rows, sequence):
@@ -299,7 +301,8 @@ class Engine:
         rows.computed[ran] += computed
         asks, places = [], []
         first = 0
-        for row in ran[(prefilled > 0) & complete].tolist():
+        # Blocks that leave a sliding window are remembered before they do.
+        for row in ran[(prefilled > 0) & (complete | self._batch.slides)].tolist():
             self._placement.remember(row)
         for row, is_complete in zip(ran.tolist(), complete.tolist(), strict=True):
             draft = drafts.get(row, ())

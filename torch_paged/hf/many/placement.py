@@ -10,6 +10,7 @@ from torch_paged.hf.many.rows import Rows
 from torch_paged.hf.many.sequence import Sequence
 from torch_paged.hf.many.stats import Counts
 from torch_paged.hf.many.waiting import Waiting
+from torch_paged.hf.passes import common_prefix
 
 
 class Placement:
@@ -56,6 +57,21 @@ class Placement:
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = cached
         return cached
+
+    def begins_with_what_is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether a row that runs is about to compute, and remember, a long beginning of this sequence's tokens."""
+        at_least, most = self._batch.handle.config.min_shared_prefix, len(sequence.tokens) - 1
+        if sequence.prefixes is None or sequence.swapped is not None or not 0 < at_least <= most:
+            return False
+        rows = self._rows
+        for row in rows.used[rows.computed[rows.used] < rows.prefill[rows.used]].tolist():
+            other = rows.sequence(row)
+            if other.prefixes is None or other.prefixes.salt != sequence.prefixes.salt:
+                continue
+            common = common_prefix(rows.of_row(row)[: rows.prefill[row]], sequence.tokens[:most])
+            if common >= at_least and common > self._batch.num_remembered(sequence):
+                return True
+        return False
 
     def leave(self, row: int) -> Sequence:
         """Take a sequence out of its row; what the row holds is remembered where it shall be, and free."""

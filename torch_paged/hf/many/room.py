@@ -70,6 +70,10 @@ class Room:
                 available[id(budget)] += _reclaimable(group) * group.pool.block_bytes
             blocks = _num_blocks(group, ends).sum() if self._sure else _peak(group, lengths, ends)
             needed[id(budget)] += int(blocks) * group.pool.block_bytes
+        if all(needed[budget] <= nbytes for budget, nbytes in available.items()):
+            return True
+        for pool, num_blocks in batch.held_of(sequence).items():
+            needed[id(pool.budget)] -= num_blocks * pool.block_bytes
         return all(needed[budget] <= nbytes for budget, nbytes in available.items())
 
     def num_fitting(self, rows: Rows, num_blocks: int, block_size: int) -> int:
