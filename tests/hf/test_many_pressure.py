@@ -312,7 +312,7 @@ def test_prefixes_are_shared_by_requests_of_the_same_salt(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "mistral"])
 def test_a_long_prefix_is_remembered_whole_behind_a_window(name: str) -> None:
-    """A question behind the same 60 tokens, whose last ones a window of 13 has left when the first prompt is computed."""
+    """A question behind the same 60 tokens, which a window of 13 has left when the first prompt is computed."""
     stock = tiny(name)
     model = twin(stock)
     asked = [torch.cat([prompts([60])[0], question]) for question in prompts([40, 41])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch_paged.hf.many.room import Room
 from torch_paged.hf.many.rows import Rows
 from torch_paged.hf.many.select import Ask, kind, select, stops
 from torch_paged.hf.many.sequence import Sequence
+from torch_paged.hf.many.source import Source
 from torch_paged.hf.many.stats import Counts, now
 from torch_paged.hf.many.waiting import Waiting
 from torch_paged.memory import PoolExhausted
@@ -50,12 +51,15 @@ class Engine:
         assistant: drafts for those that may have drafts.
         assistant_model: the same, as `generate` gets it.
         problem: why no request of this model can share passes; None = they can.
+
+    Attributes:
+        is_idle: nothing runs or waits, and requests may come yet.
     """
 
     def __init__(
         self,
         batch: Batch,
-        requests: Iterator[GenerationRequest],
+        requests: Source,
         take: Callable[[GenerationRequest], Sequence],
         max_num_batched_tokens: int,
         assistant: Assistant | None,
@@ -77,6 +81,7 @@ class Engine:
             batch, self._rows, self._waiting, self._drafts, self.counts, swaps=on_pressure == "swap"
         )
         self._chunk = max(1, max_num_batched_tokens - batch.num_rows) if batch.deterministic else None
+        self.is_idle = False
         self._cancelled: set[Hashable] = set()
         self._lock = threading.Lock()
         self._line = batch.pools.line
@@ -102,7 +107,9 @@ class Engine:
             self.counts.seconds += now() - start
         if not len(self._rows.used):
             self._line.move_back(self._place)
-        return self.outcome.events, bool(len(self._rows.used)) or self._waiting.first() is not None
+        more = bool(len(self._rows.used)) or self._waiting.first() is not None
+        self.is_idle = not more and not self._waiting.is_over
+        return self.outcome.events, more or self.is_idle
 
     def close(self) -> None:
         """Give all blocks back."""

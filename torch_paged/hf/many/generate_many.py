@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from queue import Queue
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_paged.hf.many.engine import Engine
 from torch_paged.hf.many.prepare import prompt_ids
 from torch_paged.hf.many.request import GenerationRequest, GenerationResult, NewTokens, check_fields, id_of
 from torch_paged.hf.many.sequence import Sequence as RunningSequence
+from torch_paged.hf.many.source import Source, source_of
 from torch_paged.hf.many.stats import ManyStats, now
 from torch_paged.hf.patch import Borrowed, unwrap
 from torch_paged.hf.support import Path, Support
@@ -32,7 +34,7 @@ _COLLECTED = 0.5
 
 def generate_many(
     model: nn.Module,
-    requests: Iterable[GenerationRequest | Prompt],
+    requests: Iterable[GenerationRequest | Prompt] | Queue[GenerationRequest | Prompt | None],
     *,
     generation_config: GenerationConfig | None = None,
     assistant_model: nn.Module | None = None,
@@ -47,7 +49,9 @@ def generate_many(
     """Run many requests through one model: each gets the tokens that `model.generate` gives for it alone.
 
     Requests are taken one by one, in their order, as there is room, so that any iterable will do, also an endless one;
-    results come in the order in which requests are done. Each forward pass computes the next token of every sequence
+    results come in the order in which requests are done. What runs stands still while an iterator makes its next
+    request. Where these come from elsewhere, as in a server, give a queue that other threads put them into, and None at
+    the end: it is waited on only when nothing runs. Each forward pass computes the next token of every sequence
     that runs beside chunks of prompts, without padding. Where blocks run out, the sequence that has waited the shortest
     gives up its blocks and goes on later: `on_pressure="swap"` of the model's PagedConfig keeps what it has in CPU
     memory, as far as the system has some, "recompute" computes it again. With "error" requests wait for memory for all
@@ -61,7 +65,7 @@ def generate_many(
 
     Args:
         model: a transformers model with `generate`, or a wrapper around one.
-        requests: GenerationRequest, or prompts as token ids.
+        requests: GenerationRequest, or prompts as token ids: an iterable of them, or a `queue.Queue`.
         generation_config: as of `generate`, for requests that have none.
         assistant_model: drafts for the greedy and sampling requests, which all are verified in one pass. Drafts from a
             sequence's own tokens need no model: `prompt_lookup_num_tokens` in a request's config.
@@ -83,7 +87,7 @@ def generate_many(
         An iterator over GenerationResult (and NewTokens), with `cancel`, `stats` and `close`.
 
     Raises:
-        TypeError: `model` or `assistant_model` is no transformers model, or `requests` cannot be iterated over.
+        TypeError: `model` or `assistant_model` is no transformers model, or `requests` is neither iterable nor a queue.
         ValueError: a number is out of range, a model cannot generate, or the assistant's rows cannot share passes.
     """
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
@@ -92,19 +96,18 @@ def generate_many(
             raise ValueError(f"{name}: {value!r}; must be an int, at least {least}")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout: {timeout!r}; must be more than 0 seconds, or None")
-    if not isinstance(requests, Iterable):
-        raise TypeError(f"requests: {type(requests).__name__}; must be an iterable of requests or prompts")
+    source = source_of(requests)
     many = GenerateMany.__new__(GenerateMany)
     defaults = _Defaults(generation_config, options, timeout)
     many._begin(
         unwrap(model),
         None if assistant_model is None else unwrap(assistant_model),
-        requests,
+        source,
         defaults,
         (max_num_seqs, max_num_batched_tokens),
         deterministic,
         stream,
-        progress,
+        _bar(requests) if progress else None,
     )
     return many
 
@@ -119,18 +122,19 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
         self,
         model: PreTrainedModel,
         assistant: PreTrainedModel | None,
-        requests: Iterable[GenerationRequest | Prompt],
+        source: Source,
         defaults: _Defaults,
         sizes: tuple[int, int],
         deterministic: bool,
         stream: bool,
-        progress: bool,
+        bar: Any,
     ) -> None:
         self._lock = threading.RLock()
         self._events: deque[GenerationResult | NewTokens] = deque()
         self._more, self._in_step, self._released = True, False, False
         self._exit = ExitStack()
         num_rows, max_tokens = sizes
+        self._requests = source
         with ExitStack() as stack:
             handle = stack.enter_context(Borrowed(model))
             batch = Batch(model, handle, num_rows, deterministic)
@@ -140,18 +144,25 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
             drafting = None
             if assistant is not None and problem is None:
                 drafting = _assistant(assistant, stack, num_rows, max_tokens, deterministic)
-            self._engine = Engine(
-                batch, defaults.numbered(requests), defaults.take, max_tokens, drafting, assistant, problem
-            )
+            self._engine = Engine(batch, source, defaults.take, max_tokens, drafting, assistant, problem)
             self._engine.outcome.streams = stream
             self._exit = stack.pop_all()
         self._exit.callback(self._engine.close)
-        self._bar = _bar(requests) if progress else None
+        self._bar = bar
 
     def __iter__(self) -> GenerateMany:
         return self
 
     def __next__(self) -> GenerationResult | NewTokens:
+        while (event := self._next()) is None:
+            # Not under the lock, so that others may close this.
+            self._requests.wait()
+        if self._bar is not None and isinstance(event, GenerationResult):
+            self._bar.update()
+        return event
+
+    def _next(self) -> GenerationResult | NewTokens | None:
+        """The next event; None where nothing runs and no request is there."""
         with self._lock:
             if self._in_step:
                 raise RuntimeError("a request's own code asked for the next result while it is made; must wait for it")
@@ -160,10 +171,9 @@ class GenerateMany(Iterator["GenerationResult | NewTokens"]):
                     self.close()
                     raise StopIteration
                 self._step()
-            event = self._events.popleft()
-        if self._bar is not None and isinstance(event, GenerationResult):
-            self._bar.update()
-        return event
+                if self._engine.is_idle and not self._events:
+                    return None
+            return self._events.popleft()
 
     def _step(self) -> None:
         self._in_step = True
@@ -232,10 +242,6 @@ class _Defaults:
     ) -> None:
         self._config, self._options, self._timeout = generation_config, options, timeout
         self._count = 0
-
-    def numbered(self, requests: Iterable[GenerationRequest | Prompt]) -> Iterator[GenerationRequest]:
-        for request in requests:
-            yield request if isinstance(request, GenerationRequest) else GenerationRequest(request)
 
     def take(self, request: GenerationRequest) -> RunningSequence:
         """A request begins its way."""

@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterator
 
 from torch_paged.hf.many.request import GenerationRequest
 from torch_paged.hf.many.sequence import Sequence
+from torch_paged.hf.many.source import Source
 
 
 class Waiting:
-    """Sequences by their number, and the requests behind them, taken one by one as there is room for them."""
+    """Sequences by their number, and the requests behind them, taken one by one as there is room for them.
 
-    def __init__(self, requests: Iterator[GenerationRequest], take: Callable[[GenerationRequest], Sequence]) -> None:
+    Attributes:
+        is_over: there are no more requests to take.
+    """
+
+    def __init__(self, requests: Source, take: Callable[[GenerationRequest], Sequence]) -> None:
         self._requests = requests
         self._take = take
         self._heap: list[tuple[int, Sequence]] = []
-        self._exhausted = False
+        self.is_over = False
 
     def __iter__(self) -> Iterator[Sequence]:
         """Those that were taken."""
@@ -26,14 +31,15 @@ class Waiting:
         heapq.heappush(self._heap, (sequence.number, sequence))
 
     def first(self) -> Sequence | None:
-        """The one that has waited longest, which stays; a request is taken if none waits. None = there are no more."""
-        if not self._heap and not self._exhausted:
+        """The one that has waited longest, which stays; a request is taken if none waits. None = there is none now."""
+        if not self._heap and not self.is_over:
             try:
-                request = next(self._requests)
+                request = self._requests.take()
             except StopIteration:
-                self._exhausted = True
+                self.is_over = True
             else:
-                self.put_back(self._take(request))
+                if request is not None:
+                    self.put_back(self._take(request))
         return self._heap[0][1] if self._heap else None
 
     def remove(self, sequence: Sequence) -> None:
