@@ -70,6 +70,27 @@ def test_as_exact_as_unfused_in_bfloat16(lowered: Lowered) -> None:
     assert_as_exact_as_torch(compiled[3], exact[3], arguments[3])
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_tokens_in_one_row(batch: int, lowered: Lowered) -> None:
+    """As in a packed pass of transformers, `[1, heads, tokens, head_dim]`; the first of two rows is not all of them."""
+    step, caches = Step([3, 6, 2]), Decoder("half split").new_caches(12)[0]
+    rows = [torch.randn(batch, heads, 3, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *caches: Tensor) -> Tensor:
+        cos, sin = (each[:, None] for each in angles("half split", step.seq_lens[None] - 1, torch.float32))
+        query, key = half_split(query, cos, sin), half_split(key, cos, sin)
+        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+        torch.ops.paged.reshape_and_cache(key, value, *caches, step.slot_mapping)
+        return torch.ops.paged.attention(query, *caches, step.block_table, step.seq_lens, step.cu_seqlens_q, 1)
+
+    eager, compiled = ([cache.zero_().clone() for cache in caches] for _ in range(2))
+    out = torch.compile(run, backend="torch_paged", fullgraph=True)(*rows, *compiled)
+    torch.testing.assert_close(out, run(*rows, *eager))
+    torch.testing.assert_close(compiled, eager)
+    assert lowered.count("paged.rope_and_cache") == (1 if batch == 1 else 0)
+
+
 def in_chunks(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Halves that come of `chunk`, and products the other way around."""
     cos, sin = (each[:, None] for each in angles("half split", torch.tensor([[2], [5], [1]]), torch.float32))

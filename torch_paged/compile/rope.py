@@ -99,10 +99,10 @@ def _rows(node: Any) -> _Rows | None:
     """Walk back from an op's rows to the rotation; None where anything else uses the rotated rows."""
     layout = []
     dtype = node.meta["val"].dtype
-    while node.target in _LAYOUT or node.target in _VALUE:
+    while (lays_out := _lays_out(node)) or node.target in _VALUE:
         if len(node.users) > 1:
             return None
-        if node.target in _LAYOUT:
+        if lays_out:
             layout.append(node)
         node = node.args[0]
     rotation = find_rotation(node)
@@ -111,6 +111,14 @@ def _rows(node: Any) -> _Rows | None:
     if rotation.cos.meta["val"].dtype not in (dtype, torch.float32):
         return None
     return _Rows(rotation, tuple(layout))
+
+
+def _lays_out(node: Any) -> bool:
+    """Whether a node has the rows of its input, and all of them, in another shape or order."""
+    if node.target is aten.select.int:
+        shape, dim = node.args[0].meta["val"].shape, node.args[1]
+        return dim not in (-1, len(shape) - 1) and isinstance(shape[dim], int) and shape[dim] == 1
+    return node.target in _LAYOUT
 
 
 def _turn_alike(key: _Rows, query: _Rows) -> bool:

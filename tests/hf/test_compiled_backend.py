@@ -1,0 +1,53 @@
+"""compile=True: the backend's passes fire in decode steps of transformers' models, whose tokens stay stock's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import ReinplaceCounters
+
+import torch_paged
+from tests.compile.lowered import Lowered
+
+from .causal_types import tiny_causal
+from .counting import messages
+from .graphs import fresh_dynamo
+from .models import assert_same_tokens, batch, generate, twin
+
+PROMPTS = batch([20, 5, 9])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    # What Inductor finds on disk it does not lower.
+    with fresh_dynamo(), torch._inductor.config.patch(fx_graph_cache=False):
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            yield
+
+
+@pytest.mark.parametrize(("name", "fused", "packed"), [
+    # q, k and v, o, gate and up, down, the head.
+    ("qwen3", 1, 5),
+    # A part of each head is rotated. q, k, v and fc1, dense, fc2, the head.
+    ("phi", 1, 4),
+    # Positions are learned. Conv1D: c_attn, c_proj, c_fc and c_proj, the head.
+    ("gpt2", 0, 5),
+])  # fmt: skip
+def test_what_fires(
+    name: str, fused: int, packed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_causal(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1})
+    stock = twin(model)
+    handle = torch_paged.patch(model, compile=True, block_size=4)
+    lowered = Lowered(monkeypatch)
+    ReinplaceCounters.clear()
+    actual = generate(model, PROMPTS)
+    assert_same_tokens(stock, generate(stock, PROMPTS), actual, prompt=PROMPTS)
+    writes = lowered.count("paged.rope_and_cache"), lowered.count("paged.reshape_and_cache")
+    assert writes == (fused, 1 - fused)
+    assert lowered.count("paged.packed_linear") == packed
+    assert lowered.count("aten.mm") + lowered.count("aten.addmm") == 0
+    assert ReinplaceCounters.get_total_missed_bytes() == 0
+    assert messages(caplog) == [] and handle.stats().blocks_used == 0
