@@ -22,9 +22,9 @@ PROMPTS = batch([20, 5, 9])
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     # What Inductor finds on disk it does not lower.
-    with fresh_dynamo(), torch._inductor.config.patch(fx_graph_cache=False):
-        with torch._functorch.config.patch(enable_autograd_cache=False):
-            yield
+    no_cache = torch._inductor.config.patch(fx_graph_cache=False)
+    with fresh_dynamo(), no_cache, torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
 
 
 @pytest.mark.parametrize(("name", "fused", "packed"), [
