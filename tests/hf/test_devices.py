@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import torch_paged
 from tests.emulator import library
 from tests.emulator.device_memory import collect_garbage
+from torch_paged import GenerationRequest
 from torch_paged.hf.support import dtype_problem
 from torch_paged.memory import block_memory, pool
 
+from . import many
 from .counting import count_calls
 from .host_state import host_state
-from .models import batch, generate, tiny
+from .models import batch, generate, tiny, twin
+from .raising import Raises
 
 INPUTS = batch([20, 5])
 DEVICE_MAP = {
@@ -74,6 +77,27 @@ def test_weights_on_disk_and_offloaded(
     with torch.no_grad():
         assert torch.equal(model(**INPUTS).logits, patched)
     assert host_state(model) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
+@pytest.mark.parametrize("spread", SPREAD, ids=lambda spread: spread.__name__.strip("_"))
+def test_requests_over_a_spread_model(
+    spread: Callable[[PreTrainedModel, Path], PreTrainedModel], name: str, tmp_path: Path
+) -> None:
+    """More than fit, in shared passes, each token of a prompt once unless its blocks were given up."""
+    stock = tiny(name)
+    model, asked = spread(twin(stock), tmp_path), many.prompts([9, 21, 5, 30, 17])
+    requests = [*asked, GenerationRequest(asked[0], logits_processor=[Raises(4)])]
+    options = many.OPTIONS | {"eos_token_id": None}
+    knobs: dict[str, Any] = dict(block_size=many.BLOCK, max_memory=14 * many.BLOCK_BYTES)
+    with torch_paged.paged(model, **knobs) as handle, many.admitting_all(), count_calls() as calls:
+        answers, stats = many.run(model, requests, max_num_seqs=4, max_num_batched_tokens=16, **options)
+        assert handle.stats().blocks_used == 0
+    assert calls["gather"] == stats.alone == 0 < stats.swaps <= stats.preemptions
+    assert isinstance(answers[5].error, ZeroDivisionError) and stats.finished == 5
+    assert stats.tokens_prefilled == sum(map(len, requests[:5])) + len(asked[0])
+    for number, prompt in enumerate(asked):
+        many.assert_answer(stock, prompt, answers[number], **options)
 
 
 def test_spreading_a_model_that_is_patched(tmp_path: Path) -> None:

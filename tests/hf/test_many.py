@@ -15,7 +15,7 @@ from torch_paged import GenerationRequest, GenerationResult, NewTokens, generate
 
 from .counting import count_calls, count_tokens
 from .many import BLOCK, OPTIONS, assert_answer, prompts, results, run, stock_answer
-from .models import EOS, PAD, tiny, tiny_t5, tiny_tokenizer, twin
+from .models import EOS, PAD, generate, tiny, tiny_t5, tiny_tokenizer, twin
 
 LENGTHS = [31, 6, 18, 3, 45, 1]
 
@@ -286,6 +286,25 @@ def test_deterministic_logits_do_not_depend_on_the_batch(name: str, dtype: torch
             ours, others = together[number].logits, alone.logits
             assert ours is not None and others is not None
             assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
+def test_deterministic_logits_do_not_depend_on_what_was_remembered(name: str) -> None:
+    """The next turn of a chat whose answer was decoded, and a prompt of which another call has computed all but one."""
+    model, asked = tiny(name), prompts([65])[0]
+    options = OPTIONS | dict(return_dict_in_generate=True, output_logits=True, eos_token_id=None, deterministic=True)
+    options |= dict(max_num_batched_tokens=32, max_num_seqs=5, max_new_tokens=40)
+    with torch_paged.paged(model, block_size=BLOCK, prefix_caching=True) as handle:
+        alone = run(model, [asked], **options)[0][0]
+        turn = torch.cat([alone.sequences[0], asked[:7]])
+        cold = run(model, [turn], **options)[0][0]
+        generate(model, {"input_ids": asked[None]}, max_new_tokens=2)
+        generate(model, {"input_ids": turn[None]}, max_new_tokens=2)
+        assert handle.stats().blocks_cached > 0
+        for prompt, before in ((asked, alone), (turn, cold)):
+            after = run(model, [prompt], **options)[0][0]
+            assert before.logits is not None and after.logits is not None
+            assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
 
 
 def test_statistics() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from torch_paged.hf.many.prepare import arguments
+from torch_paged.hf.many.prepare import arguments, input_device
 from torch_paged.hf.many.sequence import Sequence
 
 
@@ -30,13 +30,14 @@ def generate_alone(
 
     Torch's global generators are what they were, afterwards.
     """
-    named = arguments(sequence.request, sequence.tokens[: sequence.num_prompt_tokens], model.device)
+    device = input_device(model)
+    named = arguments(sequence.request, sequence.tokens[: sequence.num_prompt_tokens], device)
     named["stopping_criteria"].append(_Stop(stop))
     beams = named.get("num_beams") or getattr(sequence.request.generation_config, "num_beams", None)
     streams = (beams or model.generation_config.num_beams or 1) == 1
     if streams:
         named["streamer"] = _Streamer(tell)
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(sequence.seed)
         return model.generate(**named, assistant_model=assistant)

@@ -51,7 +51,7 @@ class Assistant:
             lengths = np.array([len(new[row]) for row in going])
             num_tokens[going] = np.clip(self._max_tokens - (lengths.cumsum() - lengths), 0, lengths)
             parts = [new[row][: num_tokens[row]] for row in going]
-            input_ids = torch.from_numpy(np.concatenate(parts)).to(self._batch.model.device)
+            input_ids = torch.from_numpy(np.concatenate(parts)).to(self._batch.device)
             try:
                 passed = self._batch.run(num_tokens, input_ids, (num_tokens > 0).astype(np.int64))
             except PoolExhausted:

@@ -16,6 +16,7 @@ from torch_paged.hf.call import NeedsOwnAttention
 from torch_paged.hf.disguise import stock_class
 from torch_paged.hf.handle import PagedHandle
 from torch_paged.hf.many.batch_invariant import batch_invariant
+from torch_paged.hf.many.prepare import input_device
 from torch_paged.hf.many.sequence import Sequence
 from torch_paged.hf.packed import Forward, packed_call
 from torch_paged.hf.packing import pack_problem
@@ -55,6 +56,7 @@ class Batch:
     def __init__(self, model: PreTrainedModel, handle: PagedHandle, num_rows: int, deterministic: bool = False) -> None:
         self.model = model
         self.handle = handle
+        self.device = input_device(model)
         self.num_rows = num_rows
         self.deterministic = deterministic
         stock = DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -68,7 +68,7 @@ class Engine:
     ) -> None:
         on_pressure = batch.handle.config.on_pressure
         self.counts = Counts()
-        self.outcome = Outcome(batch.model.device, self.counts)
+        self.outcome = Outcome(batch.device, self.counts)
         self._batch, self._assistant_model = batch, assistant_model
         self._rows = Rows(batch.num_rows)
         self._waiting = Waiting(requests, take)
@@ -183,8 +183,10 @@ class Engine:
                 raise sequence.error
             sequence.prepared = prepare(self._batch.model, sequence.request, sequence.tokens, self._assistant_model)
             sequence.kind = kind(sequence)
-            sequence.prefixes = self._batch.handle.row_prefixes(sequence.request.salt)
-            sequence.generator = torch.Generator(self._batch.model.device).manual_seed(sequence.seed)
+            if not self._batch.deterministic:
+                # What other calls have computed was computed beside others.
+                sequence.prefixes = self._batch.handle.row_prefixes(sequence.request.salt)
+            sequence.generator = torch.Generator(self._batch.device).manual_seed(sequence.seed)
             self._drafts.begin(sequence)
             self.outcome.begin(sequence)
         except Exception as error:
@@ -241,7 +243,7 @@ class Engine:
         counts = np.ones(self._batch.num_rows, dtype=np.int64)
         for row, draft in drafts.items():
             counts[row] += len(draft)
-        input_ids = torch.from_numpy(rows.inputs(num_tokens, drafts)).to(self._batch.model.device)
+        input_ids = torch.from_numpy(rows.inputs(num_tokens, drafts)).to(self._batch.device)
         try:
             passed = self._batch.run(num_tokens, input_ids, counts)
         except PoolExhausted as error:
@@ -390,7 +392,7 @@ class Engine:
             sequence = self._rows.sequences[row]
             if sequence is None or sequence.prepared is None or not sequence.prepared.criteria:
                 continue
-            ids = torch.from_numpy(self._rows.of_row(row).copy()).to(self._batch.model.device)
+            ids = torch.from_numpy(self._rows.of_row(row).copy()).to(self._batch.device)
             try:
                 said[row] = stops(sequence, ids)
             except Exception as error:

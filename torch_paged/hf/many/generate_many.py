@@ -75,9 +75,9 @@ def generate_many(
             `max_num_seqs`.
         deterministic: a request's logits have the same bits whatever else runs, for the same two numbers: attention is
             computed row by row alike, linear layers in tiles of one shape, prompts in chunks that begin at the same
-            places, without drafts, and memory for all the tokens a request may get is waited for. Slower. Not covered:
-            grouped products of mixtures of experts, and what a request computes again after a preemption, which only
-            happens where others use up the pool, and not with `on_pressure="swap"`.
+            places, without drafts or remembered prefixes, and memory for all the tokens a request may get is waited
+            for. Slower. Not covered: grouped products of mixtures of experts, and what a request computes again after a
+            preemption, which only happens where others use up the pool, and not with `on_pressure="swap"`.
         timeout: seconds that a request may take, from when it is taken; None = any time.
         progress: show a bar.
         **options: keyword arguments of `generate` that set fields of the config, for requests that have no config and

@@ -69,6 +69,18 @@ def prompt_ids(request: GenerationRequest) -> np.ndarray:
     return ids
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its inputs: of one whose parameters are all offloaded, where its modules compute."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
+    # accelerate puts several hooks of one module into one.
+    single = [each for hook in hooks for each in getattr(hook, "hooks", (hook,))]
+    devices = [device for hook in single if (device := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(devices[0] if devices else "cpu")
+
+
 def arguments(request: GenerationRequest, prompt: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Of `generate`, for this request alone."""
     ids = torch.from_numpy(prompt).to(device)[None]
@@ -102,7 +114,7 @@ def prepare(
     if prompt.min() < 0 or prompt.max() >= vocabulary:
         raise ValueError(f"prompt: tokens from {prompt.min()} to {prompt.max()}; must be in [0, {vocabulary})")
     twin = _twin(model)
-    prepared: Prepared = twin.generate(**arguments(request, prompt, model.device), assistant_model=assistant)
+    prepared: Prepared = twin.generate(**arguments(request, prompt, input_device(model)), assistant_model=assistant)
     return prepared
 
 
