@@ -163,16 +163,36 @@ def test_a_row_that_never_fits_is_an_error(lengths: list[int]) -> None:
 class Scores:
     """A processor of the caller's own, of which nobody knows what it looks at."""
 
-    def __init__(self) -> None:
+    def __init__(self, roll: int = 1) -> None:
         self.rows: list[int] = []
+        self.roll = roll
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.rows.append(len(ids))
-        return scores.roll(1, dims=-1)
+        return scores.roll(self.roll, dims=-1)
 
 
 def _ends(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
     return ids[:, -1] % 7 == 0
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["turns", "waves"])
+def test_allowed_tokens_of_each_row(known: bool) -> None:
+    """What a row may get depends on its place in the batch."""
+    stock = tiny("llama")
+    model, inputs = twin(stock), batch(LENGTHS)
+    own = {} if known else {"logits_processor": LogitsProcessorList([Scores(0)])}
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        return [10 * row + 3 + len(ids) % 5, 10 * row + 9]
+
+    options: dict[str, Any] = dict(max_new_tokens=NEW, prefix_allowed_tokens_fn=allowed, **own)
+    handle = small(model, 15)
+    with counted() as counts:
+        actual = generate(model, inputs, **options)
+    assert torch.equal(actual, generate(stock, inputs, **options))
+    assert (counts["preempted"] > 0) == known
+    assert handle.stats().blocks_used == 0
 
 
 @pytest.mark.parametrize("num_blocks", [15, 24, 30])

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, RepetitionPenaltyLogitsProcessor
 from transformers.generation import logits_process, stopping_criteria
 
 _PROCESSORS = """
     EpsilonLogitsWarper EtaLogitsWarper ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor
     ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor
     MinNewTokensLengthLogitsProcessor MinPLogitsWarper NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor
-    RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor SuppressTokensAtBeginLogitsProcessor
-    SuppressTokensLogitsProcessor TemperatureLogitsWarper TopHLogitsWarper TopKLogitsWarper TopPLogitsWarper
+    PrefixConstrainedLogitsProcessor RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor
+    SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor TemperatureLogitsWarper TopHLogitsWarper TopKLogitsWarper TopPLogitsWarper
     TypicalLogitsWarper
 """.split()  # noqa: SIM905
 _CRITERIA = ["EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria"]
@@ -35,11 +35,18 @@ def end_alone(criteria: Iterable[Any]) -> bool:
 
 
 def for_rows(processors: Iterable[Any], rows: Sequence[int]) -> LogitsProcessorList:
-    """The processors for a batch of these rows alone: the repetition penalty keeps a length for each row."""
+    """The processors for a batch of these rows alone.
+
+    The repetition penalty keeps a length for each row, and what tokens are allowed depends on a row's place.
+    """
     return LogitsProcessorList([_for_rows(processor, rows) for processor in processors])
 
 
 def _for_rows(processor: Any, rows: Sequence[int]) -> Any:
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        allowed, num_beams = processor._prefix_allowed_tokens_fn, processor._num_beams
+        prompts = [row // num_beams for row in rows[::num_beams]]
+        return PrefixConstrainedLogitsProcessor(lambda place, ids: allowed(prompts[place], ids), num_beams)
     lengths = getattr(processor, "prompt_ignore_length", None)
     if type(processor) is not RepetitionPenaltyLogitsProcessor or not isinstance(lengths, Tensor):
         return processor

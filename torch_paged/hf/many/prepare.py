@@ -77,8 +77,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
     # accelerate puts several hooks of one module into one.
     single = [each for hook in hooks for each in getattr(hook, "hooks", (hook,))]
-    devices = [device for hook in single if (device := getattr(hook, "execution_device", None)) is not None]
-    return torch.device(devices[0] if devices else "cpu")
+    computing = [each.execution_device for each in single if getattr(each, "execution_device", None) is not None]
+    return torch.device(computing[0] if computing else "cpu")
 
 
 def arguments(request: GenerationRequest, prompt: np.ndarray, device: torch.device) -> dict[str, Any]:
