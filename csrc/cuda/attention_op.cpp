@@ -34,6 +34,13 @@ AttentionRequest request_of(const AttentionArguments& arguments) {
   if (call.num_kv_heads > kMaxHeads)
     reject("key_cache", text(call.num_kv_heads, " heads"), text("at most ", kMaxHeads, " heads"));
   request.max_query_len = std::min(arguments.max_query_len, call.num_tokens);
+  // Rows past the bound would be left out. More cannot be known without a look at what lies on the device.
+  if (call.num_seqs == 0 && call.num_tokens > 0)
+    reject("cu_seqlens_q", "0 sequences", text("at least 1 for the ", call.num_tokens, " tokens of query"));
+  if (request.max_query_len * call.num_seqs < call.num_tokens)
+    reject("max_query_len", text(arguments.max_query_len),
+           text("at least ", (call.num_tokens + call.num_seqs - 1) / call.num_seqs, " for ", call.num_tokens,
+                " tokens of query in ", call.num_seqs, " sequences"));
   request.max_seq_len = arguments.block_table.size(1) * call.block_size;
   if (arguments.max_seq_len > 0) request.max_seq_len = std::min(request.max_seq_len, arguments.max_seq_len);
   request.num_splits = arguments.num_splits;

@@ -6,6 +6,8 @@ import torch
 from tests.assertions import assert_rejects
 from tests.paged_batch import paged_batch
 
+OP = "attention"
+
 # What to change in a good call, and how the error begins.
 BAD_STRUCTURE = {
     "query 2-D": (lambda a: {"query": a["query"].flatten(1)}, "query: shape ["),
@@ -152,6 +154,13 @@ def test_rejects_structure(op, change, message):
 def test_rejects_values(change, message):
     arguments = few_tokens([(1, 5), (2, 3)])
     assert_rejects("attention", arguments | change(arguments), message)
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_rejects_a_bound_that_cannot_be(backend, bound):
+    """Also where the lengths of the queries lie on a device, and nobody looks at them."""
+    arguments = paged_batch([(1, 5), (2, 3)], block_size=4, device=backend).arguments | {"max_query_len": bound}
+    assert_rejects("attention", arguments, f"max_query_len: {bound}; must be ")
 
 
 @pytest.mark.parametrize("name", ["key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q", "sinks"])
