@@ -16,20 +16,22 @@ class Graphs:
     Attributes:
         compiled: graphs so far.
         runs: of all of them together.
+        paged_runs: of those with paged ops.
         ops: names of the paged ops of the last graph.
     """
 
     def __init__(self) -> None:
-        self.compiled = self.runs = 0
+        self.compiled = self.runs = self.paged_runs = 0
         self.ops: list[str] = []
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Callable[..., Any]:
         self.compiled += 1
         names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-        self.ops = [name.split(".")[1] for name in names if name.startswith("paged.")]
+        ops = self.ops = [name.split(".")[1] for name in names if name.startswith("paged.")]
 
         def run(*args: Any) -> Any:
             self.runs += 1
+            self.paged_runs += bool(ops)
             return graph.forward(*args)
 
         return run

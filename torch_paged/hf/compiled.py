@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
+from torch_paged.hf.around import run_compiled
 from torch_paged.hf.call import Call
 from torch_paged.hf.group import Step
 from torch_paged.hf.pools import GroupKey
@@ -40,7 +41,7 @@ class Compiled:
     """
 
     def __init__(self, run: Callable[..., Any], *, decode_only: bool, tell: Callable[[str], None]) -> None:
-        self._run, self.decode_only, self._tell = run, decode_only, tell
+        self._run, self.decode_only, self.tell = run, decode_only, tell
         self._failed = False
         # What each layer stores, as an uncompiled pass has shown.
         self._layers: list[GroupKey] | None = None
@@ -48,8 +49,7 @@ class Compiled:
     @classmethod
     def by(cls, options: dict[str, Any], tell: Callable[[str], None]) -> Compiled:
         """Decode steps compiled by `torch.compile(**options)`."""
-        # A code object of its own: graphs are kept, and counted against limits, by code.
-        step = FunctionType(_step.__code__.replace(co_name=_step.__name__), globals(), _step.__name__)
+        step = _own_step()
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": _RECOMPILE_LIMIT} | options
         return cls(torch.compile(step, **({"fullgraph": True} | options)), decode_only=True, tell=tell)
@@ -64,6 +64,11 @@ class Compiled:
     def of_user(cls, tell: Callable[[str], None]) -> Compiled:
         """Every pass, by what the user has compiled of the model."""
         return cls(_step, decode_only=False, tell=tell)
+
+    @classmethod
+    def under(cls, callback: Any, tell: Callable[[str], None]) -> Compiled:
+        """Every pass, by the `torch.compile` that is around the call: `callback` of `around.compiling_around`."""
+        return cls(functools.partial(run_compiled, callback, _own_step()), decode_only=False, tell=tell)
 
     def takes(self, call: Call) -> bool:
         """Whether the pass `call`, native and packed or to be packed, is one to compile."""
@@ -87,6 +92,8 @@ class Compiled:
         Args:
             keep: int64, the tokens whose logits are wanted.
         """
+        if call.deterministic:
+            self.tell("deterministic=True has kernels of its own")
         if not self.takes(call) or not is_plain(inputs) or not self._ready(cache):
             return None
         layers = cache.paged_layers
@@ -114,7 +121,8 @@ class Compiled:
             outputs = self._run(model, base, inputs)
         except TorchDynamoException as error:
             self._failed = True
-            self._tell(_summary(error))
+            self.tell(_summary(error))
+            _forget_frames(error)
             return None
         finally:
             call.is_compiled = False
@@ -144,6 +152,11 @@ class Compiled:
 
 def _step(model: PreTrainedModel, base: Any, inputs: dict[str, Any]) -> Any:
     return base.__call__(model, **inputs)
+
+
+def _own_step() -> Callable[..., Any]:
+    # A code object of its own: graphs are kept, and counted against limits, by code.
+    return FunctionType(_step.__code__.replace(co_name=_step.__name__), globals(), _step.__name__)
 
 
 def user_compiled(model: PreTrainedModel) -> Any:
@@ -188,6 +201,13 @@ def _mark_dynamic(tensor: Tensor, *dims: int) -> None:
     for dim in dims:
         if tensor.shape[dim] > 1:
             torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what was there when `error` was raised: Dynamo keeps errors in cycles, and callers hold blocks."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _summary(error: Exception) -> str:

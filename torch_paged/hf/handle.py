@@ -183,14 +183,17 @@ class PagedHandle:
         """Tell the user once why something does not run natively; raise ValueError if `strict`."""
         self._voice.say(support, strict=self.config.strict)
 
-    def compiled(self, model: PreTrainedModel, compile_config: CompileConfig | None = None) -> Compiled | None:
+    def compiled(
+        self, model: PreTrainedModel, compile_config: CompileConfig | None = None, around: Any = None
+    ) -> Compiled | None:
         """How forward passes of the model are compiled now; None: they are not.
 
         Args:
             compile_config: of this call of `generate`; None: what the user has compiled counts, then our own config.
+            around: of `compiling_around` in this call.
         """
         by_user = None if compile_config else user_compiled(model)
-        key = compile_config or by_user or self.config.compile
+        key = compile_config or by_user or around or self.config.compile
         if not key:
             return None
         with patching:
@@ -199,6 +202,8 @@ class PagedHandle:
                     return compiled
             if by_user:
                 compiled = Compiled.of_user(self._tell_uncompiled)
+            elif around and not compile_config:
+                compiled = Compiled.under(around, self._tell_uncompiled)
             else:
                 options = compile_config.to_dict() if compile_config else self.config.compile_options
                 compiled = Compiled.by(options, self._tell_uncompiled)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.call import Call
 from torch_paged.hf.family import family
 from torch_paged.hf.packed import Forward
 
@@ -23,6 +24,10 @@ _ALLOWED = {
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # The hooks of these look at no row: they move weights, ask for gradients or hand out outputs.
 _HOOKS_OF = ("torch.", "transformers.", "accelerate.", "deepspeed.", "peft.peft_model", "peft.utils.")
+# Their embeddings count positions from the padding token's id on, `generate` from zero.
+_OWN_POSITIONS = {
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"
+}  # fmt: skip
 ROW_HOOKS = "forward hooks of its modules may tell rows apart by their place in the batch"
 
 
@@ -66,6 +71,23 @@ def _pack_problem(forward: Forward, cache: PagedCache) -> str | None:
     if _LENGTH_DEPENDENT_ROPE & set(_rope_types(model.config.to_dict())):
         return "its rotary frequencies depend on the longest row of a call"
     return None
+
+
+def with_positions(forward: Forward, cache: PagedCache, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the positions that the model would count itself, where these are its columns, as of a loop that
+    decodes without `generate`."""
+    tokens = inputs.get("input_ids")
+    if (
+        inputs.get("position_ids") is not None
+        or "position_ids" not in forward.parameters
+        or forward.model.config.model_type in _OWN_POSITIONS
+        or call.valid is not None
+        or not cache.state.columns.all_stored
+        or not isinstance(tokens, Tensor)
+    ):
+        return inputs
+    first = cache.state.columns.count
+    return inputs | {"position_ids": torch.arange(first, first + call.width, device=tokens.device)[None]}
 
 
 def call_problem(forward: Forward, inputs: dict[str, Any]) -> str | None:

@@ -13,14 +13,15 @@ from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
 from torch_paged.hf.announce import announced, make_call
+from torch_paged.hf.around import compiling_around, runs_in_python, satisfy_fullgraph
 from torch_paged.hf.cache import PagedCache
-from torch_paged.hf.call import NeedsOwnAttention, current
+from torch_paged.hf.call import Call, NeedsOwnAttention, current
 from torch_paged.hf.compiled import is_plain
 from torch_paged.hf.decode_step import run_decode_step
 from torch_paged.hf.disguise import disguise
 from torch_paged.hf.leaving import beams_leaving, leaving, tell_of_beams
 from torch_paged.hf.packed import Forward
-from torch_paged.hf.packing import ROW_HOOKS, call_problem, has_row_hooks, pack_problem
+from torch_paged.hf.packing import ROW_HOOKS, call_problem, has_row_hooks, pack_problem, with_positions
 from torch_paged.hf.prefill import keep_pads_of_empty_rows, prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
 from torch_paged.hf.pressure import sample, wait_for_others
@@ -80,7 +81,9 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             if current.call is None and not isinstance(named.get("past_key_values"), PagedCache):
                 # Nothing but the stock model, with nothing of ours for Dynamo to trace.
                 return base.__call__(self, *args, **kwargs)
-            return _announced_call(base, handle, self, named, args, kwargs)
+            return _announced_call(base, handle, self, named, args, kwargs, around=compiling_around())
+
+        runs_in_python(__call__)
 
         def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
             stock: Callable[..., Any] = base.get_compiled_call(self, compile_config)
@@ -189,8 +192,8 @@ class _Compilable:
 _COMPILABLE = _Compilable()
 
 
-# Not compiled, also in a compiled model: the tables of a PagedCache are edited in Python.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# Not compiled, also in a compiled model.
+@torch.compiler.disable(reason="tables are edited in Python")  # type: ignore[untyped-decorator, no-untyped-call]
 def _announced_call(
     base: type[Any],
     handle: PagedHandle,
@@ -199,17 +202,18 @@ def _announced_call(
     args: Any,
     kwargs: dict[str, Any],
     compile_config: CompileConfig | None = None,
+    around: Any = None,
 ) -> Any:
     """`_paged_call`, again where blocks run out and calls of other threads free some."""
     cache = named.get("past_key_values")
     if not isinstance(cache, PagedCache) or not cache.made_by_generate:
-        return _paged_call(base, handle, model, named, args, kwargs, compile_config)
+        return _paged_call(base, handle, model, named, args, kwargs, compile_config, around)
     if cache.state.num_seqs is None:
         cache.state.pools.line.wait_behind()
     random_state = RandomState() if model.training else None
     while True:
         try:
-            return _paged_call(base, handle, model, named, args, kwargs, compile_config)
+            return _paged_call(base, handle, model, named, args, kwargs, compile_config, around)
         except PoolExhausted:
             if not wait_for_others(cache, named):
                 raise
@@ -225,6 +229,7 @@ def _paged_call(
     args: Any,
     kwargs: dict[str, Any],
     compile_config: CompileConfig | None,
+    around: Any,
 ) -> Any:
     """A call whose PagedCache, if it has one, knows what it stores and whether attention reads the blocks.
 
@@ -232,8 +237,11 @@ def _paged_call(
         base: the stock class of `model`.
         named: `args` and `kwargs` by name.
         compile_config: of this call of `generate`.
+        around: of `compiling_around`.
     """
-    run = Forward(base, model, handle.compiled(model, compile_config))
+    run = Forward(base, model, handle.compiled(model, compile_config, around))
+    if around is not None:
+        satisfy_fullgraph(around)
     cache = named.get("past_key_values")
     if not isinstance(cache, PagedCache):
         with announced(None, None):
@@ -244,14 +252,18 @@ def _paged_call(
     try:
         call = make_call(cache, named, native=native, refusal=refusal, say=handle.say)
         compiles = call is not None and run.compiled is not None and call.native and run.compiled.takes(call)
-        if (
+        if compiles and call is not None:
+            named = with_positions(run, cache, call, named)
+        packs = (
             call is not None
             and call.native
             and call.num_tokens.any()
             and (saves_work(cache, call) or cache.state.prefixes is not None or compiles)
-            and _packs(handle, run, cache)
-            and call_problem(run, named) is None
-        ):
+        )
+        problem = (_pack_problem(handle, run, cache) or call_problem(run, named)) if packs else None
+        if run.compiled is not None and call is not None and (why := _why_uncompiled(call, compiles, named, problem)):
+            run.compiled.tell(why)
+        if call is not None and packs and problem is None:
             if (rows := prompt_rows(cache.state, call, named)) is not None:
                 return run_behind_prefixes(run, cache, call, named, rows)
             if compiles and call.width == 1 and cache.state.columns.count and is_plain(named):
@@ -267,11 +279,27 @@ def _paged_call(
         return run(*args, **kwargs)
 
 
-def _packs(handle: PagedHandle, forward: Forward, cache: PagedCache) -> bool:
+def _pack_problem(handle: PagedHandle, forward: Forward, cache: PagedCache) -> str | None:
     problem = pack_problem(forward, cache)
     if problem == ROW_HOOKS:
         handle.tell(problem, "rows stay where stock has them: padding and finished rows are computed, nothing shared")
-    return problem is None
+    return problem
+
+
+def _why_uncompiled(call: Call, compiles: bool, inputs: dict[str, Any], problem: str | None) -> str | None:
+    """Why a call is not compiled where calls are to be and a user would wonder; None: it is, or nobody would.
+
+    Args:
+        compiles: it would be, but for what it asks for.
+        problem: why it cannot be packed.
+    """
+    if not call.native:
+        return "attention does not read the blocks"
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    if compiles and not is_plain(inputs):
+        return "embeddings are given, or hidden states asked for"
+    return problem if compiles else None
 
 
 def rows_may_leave(
