@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.memory.small_pool import small_pool
+from tests.memory.small_pool import PAGE, small_pool
 from torch_paged.memory import Pool, block_memory, pool
-
-PAGE = 4096
 
 
 @pytest.fixture(params=["cpu", "cuda-emulated"])

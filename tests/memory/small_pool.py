@@ -5,6 +5,8 @@ import torch
 from torch_paged.memory import MemoryBudget, Pool
 
 HEADS, HEAD_DIM = 2, 8
+# Of the emulated GPU.
+PAGE = 4096
 
 
 def small_pool(num_blocks: int = 8, block_size: int = 4, num_layers: int = 2, **options: object) -> Pool:

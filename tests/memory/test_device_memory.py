@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import PAGE
 
 from tests.emulator.device_memory import collect_garbage
 from tests.emulator.findings import Finding
 from tests.emulator.library import emulated_ops
-from tests.memory.small_pool import HEAD_DIM, HEADS, small_pool
+from tests.memory.small_pool import HEAD_DIM, HEADS, PAGE, small_pool
 from torch_paged import ops
 from torch_paged.memory import BlockTables, PoolExhausted, PrefixIndex, block_keys, root_key
 from torch_paged.memory.block_memory import PlainMemory
