@@ -19,6 +19,9 @@ constexpr int64_t kMaxSplits = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The smallest tile that takes so many rows at once, or the largest tile.
+int rows_of_tile(int64_t rows) { return rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : 128; }
+
 template <typename T, size_t... kIndex>
 AttentionKernel tile_kernel(int64_t dim, int rows, std::index_sequence<kIndex...>) {
   AttentionKernel kernel;
@@ -67,7 +70,7 @@ int64_t splits_for(int64_t blocks, int64_t at_once, int64_t key_tiles) {
   return 1;
 }
 
-cudaError_t choose_splits(const AttentionRequest& request, bool is_unbounded, AttentionLaunch& launch) {
+cudaError_t choose_splits(const AttentionRequest& request, AttentionLaunch& launch) {
   const AttentionCall& call = request.call;
   const int64_t keys = longest_range(request, launch.kernel.rows);
   const int64_t key_tiles = std::max<int64_t>(1, ceil_div(keys, launch.kernel.keys));
@@ -81,7 +84,9 @@ cudaError_t choose_splits(const AttentionRequest& request, bool is_unbounded, At
   } else if (request.deterministic) {
     launch.params.deterministic = true;
     // Many rows fill the device as they are, and their parts would take up to 32 times the memory of the output.
-    splits = is_unbounded ? 1 : std::clamp<int64_t>(ceil_div(keys, kDeterministicSplit), 1, kMaxDeterministicSplits);
+    splits = launch.params.min_rows > 0
+                 ? 1
+                 : std::clamp<int64_t>(ceil_div(keys, kDeterministicSplit), 1, kMaxDeterministicSplits);
   } else {
     const int64_t rows = call.num_tokens * (call.num_heads / call.num_kv_heads);
     const int64_t tiles = std::min(launch.tiles, std::max<int64_t>(1, ceil_div(rows, launch.kernel.rows)));
@@ -118,7 +123,7 @@ cudaError_t add_launch(const AttentionRequest& request, const AttentionParams& p
     launch.tiles = std::min(call.num_seqs * ceil_div(longest, tile_rows), all_rows / tile_rows + sequences);
   }
   launch.params.tile_rows = int(std::min(longest, tile_rows));
-  if (const cudaError_t error = choose_splits(request, max_rows == kAnyRows, launch)) return error;
+  if (const cudaError_t error = choose_splits(request, launch)) return error;
   if (launch.params.num_splits > 1)
     plan.workspace_floats = std::max(plan.workspace_floats, partial_rows(launch) * (call.v_head_dim + 1));
   return cudaSuccess;
@@ -158,22 +163,24 @@ cudaError_t plan_attention(const AttentionRequest& request, AttentionPlan& plan)
   params.value_in_16_bytes = in_16_bytes(call.value_cache, size, {call.value.block, call.value.token, call.value.head});
   plan.type = request.type;
 
-  const int64_t longest = request.max_query_len * (call.num_heads / call.num_kv_heads);
+  const int64_t group = call.num_heads / call.num_kv_heads;
+  const int64_t longest = request.max_query_len * group, few = std::max<int64_t>(16, group);
   const bool is_even = call.num_tokens == call.num_seqs * request.max_query_len;
   const int largest = find_kernel(request, 128).rows;
+  const bool has_few = longest > 4 * few && !is_even && find_kernel(request, rows_of_tile(few)).rows < largest;
   int64_t done = 0;
   // Where rows may not depend on their batch, each sequence gets the kernel, and the rule for splits, of its own size.
   // Otherwise one kernel does, unless single queries go along with many.
-  for (const int rows : {16, 64}) {
-    const bool is_class = request.deterministic || (rows == 16 && rows < largest && longest > 64 && !is_even);
-    if (!is_class) continue;
-    if (const cudaError_t error = add_launch(request, params, rows, done, rows, plan)) return error;
-    if (longest <= rows) return cudaSuccess;
-    done = rows;
+  if (request.deterministic || has_few) {
+    if (const cudaError_t error = add_launch(request, params, rows_of_tile(few), 0, few, plan)) return error;
+    done = few;
   }
-  int rows = 16;
-  while (!request.deterministic && rows < largest && rows < longest) rows *= 2;
-  return add_launch(request, params, request.deterministic ? largest : rows, done, kAnyRows, plan);
+  if (request.deterministic && done < 64 && longest > done) {
+    if (const cudaError_t error = add_launch(request, params, 64, done, 64, plan)) return error;
+    done = 64;
+  }
+  if (longest <= done) return cudaSuccess;
+  return add_launch(request, params, request.deterministic ? largest : rows_of_tile(longest), done, kAnyRows, plan);
 }
 
 cudaError_t launch_attention(const AttentionPlan& plan, float* workspace, cudaStream_t stream) {

@@ -49,9 +49,21 @@ def test_a_prompt_beside_a_decode_is_not_split_with_it():
 def test_a_deterministic_prompt_is_not_split():
     """Otherwise 32 parts of each of its tokens, 17 GB of a prompt of 32K tokens and 32 heads of 128."""
     attention, allocations = recorded([(150, 700)], deterministic=True)
-    assert attention[-1].grid[2] == 1
-    # Of the launches for shorter queries, which find nothing to do.
-    assert sum(allocations) <= part_bytes(2 * KV_HEADS * 64)
+    assert [launch.grid[2] for launch in attention] == [2, 1, 1]
+    # Of the launch for single queries, which finds nothing to do.
+    assert allocations == [part_bytes(2 * KV_HEADS * 16)]
+
+
+@pytest.mark.parametrize(("heads", "tile_rows"), [(24, 24), (80, 80)])
+def test_single_queries_of_many_heads_are_split_in_any_batch(heads, tile_rows):
+    """One KV head's rows are more than the smallest tile has: they take a larger one, in a launch of their own."""
+    for rows in ([(1, 900), (1, 700)], [(1, 900), (30, 30)]):
+        for options in ({}, {"deterministic": True}):
+            batch = paged_batch(rows, num_heads=heads, num_kv_heads=1, head_dim=HEAD_DIM, dtype=torch.bfloat16)
+            with emulated("attention"), emulated_ops().recording() as recording:
+                ops.attention(**batch.arguments, **options)
+            splits = recording.launches[0].grid[2]
+            assert splits > 1 and recording.allocations[1] >= part_bytes(splits * 2 * tile_rows)
 
 
 def test_asked_for_splits_take_the_rows_of_whole_tiles():

@@ -126,10 +126,11 @@ def test_without_query_rows(backend, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 100}, {"num_splits": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 100}, {"num_splits": 4}, {"num_heads": 40}], ids=str)
 def test_deterministic_ignores_batch_and_threads(backend, options, dtype):
     rows = [(1, 700), (1, 33), (20, 90), (1, 2000), (0, 12), (64, 64)]
-    sizes = {"rows": rows, "head_dim": 64, "num_heads": 8}
+    options = dict(options)
+    sizes = {"rows": rows, "head_dim": 64, "num_heads": options.pop("num_heads", 8)}
     batch, _ = build(sizes, {}, dtype, backend)
     options = {**options, "deterministic": True}
     whole, whole_lse = ops.attention_with_lse(**batch.arguments, **options)
