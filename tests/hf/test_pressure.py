@@ -203,8 +203,11 @@ def test_a_processor_of_unknown_kind_sees_waves(num_blocks: int, kwargs: dict[st
     inputs = batch(LENGTHS)
     expected = generate(stock, inputs, max_new_tokens=NEW, logits_processor=LogitsProcessorList([Scores()]), **kwargs)
     handle, scores = small(model, num_blocks), Scores()
-    with counted() as counts:
+    with counted() as counts, count_tokens(model) as tokens:
         actual = generate(model, inputs, max_new_tokens=NEW, logits_processor=LogitsProcessorList([scores]), **kwargs)
+    if num_blocks == 15:
+        # The whole batch, then half of it: without padding.
+        assert tokens[:2] == [sum(LENGTHS), sum(LENGTHS[:3])]
     assert torch.equal(actual, expected)
     assert counts["preempted"] == 0
     assert min(scores.rows) < len(LENGTHS)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call
@@ -54,6 +55,15 @@ def has_row_hooks(model: nn.Module) -> bool:
     )
 
 
+def sees_whole_batch(model: PreTrainedModel) -> str | None:
+    """Why rows cannot be computed beside fewer others than the caller gave, or None."""
+    if has_row_hooks(model):
+        return ROW_HOOKS
+    if _LENGTH_DEPENDENT_ROPE & set(_rope_types(model.config.to_dict())):
+        return "its rotary frequencies depend on the longest row of a call"
+    return None
+
+
 def _module_of(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
@@ -66,11 +76,7 @@ def _pack_problem(forward: Forward, cache: PagedCache) -> str | None:
         return "the model computes its positions from columns"
     if not cache.all_paged:
         return "layers of another kind than keys and values read along the row"
-    if has_row_hooks(model):
-        return ROW_HOOKS
-    if _LENGTH_DEPENDENT_ROPE & set(_rope_types(model.config.to_dict())):
-        return "its rotary frequencies depend on the longest row of a call"
-    return None
+    return sees_whole_batch(model)
 
 
 def with_positions(forward: Forward, cache: PagedCache, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import ROW_HOOKS, call_problem, has_row_hooks, pack_problem, with_positions
 from torch_paged.hf.prefill import keep_pads_of_empty_rows, prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
-from torch_paged.hf.pressure import sample, wait_for_others
+from torch_paged.hf.pressure import beam_search, sample, wait_for_others
 from torch_paged.hf.random_state import RandomState
 from torch_paged.hf.support import Path, implementation_reason, training_reason
 from torch_paged.hf.unpadded import run_unpadded, saves_work
@@ -146,11 +146,17 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             self: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
             *args: Any, **kwargs: Any,
         ) -> Any:  # fmt: skip
-            cache = rows_may_leave(Forward(base, self), generation_config, args, kwargs)
-            with beams_leaving(cache, [*logits_processor, *stopping_criteria]):
-                return base._beam_search(
-                    self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
-                )
+            def stock(input_ids: Any, logits_processor: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+                cache = rows_may_leave(Forward(base, self), generation_config, args, kwargs)
+                with beams_leaving(cache, [*logits_processor, *stopping_criteria]):
+                    return base._beam_search(
+                        self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
+                    )
+
+            decode = stock
+            if not args and base._beam_search is GenerationMixin._beam_search:
+                decode = functools.partial(beam_search, stock, self, generation_config)
+            return decode(input_ids, logits_processor, stopping_criteria, **kwargs)
 
         def unfinished(
             is_early_stop_heuristic_unsatisfied: Any, is_sent_finished: Any, next_token_hits_stopping_criteria: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedModel,
     StoppingCriteriaList,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from torch_paged.hf.beam_waves import beams_in_waves
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention
 from torch_paged.hf.packed import Forward
-from torch_paged.hf.packing import pack_problem
+from torch_paged.hf.packing import pack_problem, sees_whole_batch
 from torch_paged.hf.progress import Progress
 from torch_paged.hf.row_by_row import end_alone, works_row_by_row
 from torch_paged.hf.support import Path, implementation_reason, training_reason
@@ -64,16 +66,15 @@ def sample(
     """
     cache = kwargs.get("past_key_values")
     stock = functools.partial(stock, generation_config=generation_config)
-    if not isinstance(cache, PagedCache) or not _may_wait(
-        handle, forward, cache, generation_config, input_ids, logits_processor, kwargs
-    ):
+    if not _may_be_divided(cache, forward.model, generation_config, input_ids, logits_processor, kwargs):
         return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
     progress = Progress(stopping_criteria, input_ids)
     mask = kwargs.get("attention_mask")
     # A mask of any dtype, as stock takes it.
     mask = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
     take_turns = (
-        bool(mask.any(dim=1).all())
+        _packs(handle, forward, cache)
+        and bool(mask.any(dim=1).all())
         and works_row_by_row(logits_processor, stopping_criteria)
         and end_alone(stopping_criteria)
     )
@@ -89,7 +90,6 @@ def sample(
         cache.state.divides = False
     kwargs = {name: value for name, value in kwargs.items() if name in _INPUTS}
     kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, progress.ids.shape[1] - mask.shape[1]), value=1)
-    kwargs.pop("position_ids", None)
     if take_turns:
         try:
             turns = Turns(forward.model, cache, logits_processor, stopping_criteria, generation_config)
@@ -101,6 +101,28 @@ def sample(
     )
 
 
+def beam_search(
+    stock: Callable[..., Any],
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    **kwargs: Any,
+) -> Any:
+    """`_beam_search`, which runs fewer prompts at a time when blocks run out.
+
+    Args:
+        stock: `_beam_search` of the model's stock class, bound.
+        model: patched.
+    """
+    cache = kwargs.get("past_key_values")
+    if not _may_be_divided(cache, model, generation_config, input_ids, logits_processor, kwargs):
+        return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name in _INPUTS}
+    return beams_in_waves(stock, cache, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+
+
 def wait_for_others(cache: PagedCache, inputs: dict[str, Any]) -> bool:
     """After a call over `inputs` found too few blocks: wait until calls of other threads have freed as many.
 
@@ -109,6 +131,8 @@ def wait_for_others(cache: PagedCache, inputs: dict[str, Any]) -> bool:
     state = cache.state
     if state.divides or cache.config.on_pressure == "error":
         return False
+    if not cache.all_paged and state.num_seqs is not None:
+        return False  # layers of other kinds have gone on, and cannot again
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     tokens = inputs["inputs_embeds"] if ids is None else ids
     new = np.full(len(tokens), tokens.shape[1])
@@ -132,24 +156,32 @@ def wait_for_others(cache: PagedCache, inputs: dict[str, Any]) -> bool:
     return False
 
 
-def _may_wait(
-    handle: PagedHandle,
-    forward: Forward,
-    cache: PagedCache,
+def _packs(handle: PagedHandle, forward: Forward, cache: PagedCache) -> bool:
+    """Whether any rows of the cache may share a pass."""
+    model = forward.model
+    if handle.support(model).path is not Path.NATIVE or implementation_reason(model):
+        return False
+    return pack_problem(forward, cache) is None
+
+
+def _may_be_divided(
+    cache: Any,
+    model: PreTrainedModel,
     config: GenerationConfig,
     input_ids: Tensor,
     processors: LogitsProcessorList,
     kwargs: dict[str, Any],
-) -> bool:
+) -> TypeGuard[PagedCache]:
     """Whether nothing was asked for that needs all rows at once, and the cache is this call's own."""
-    model = forward.model
+    if not isinstance(cache, PagedCache) or not cache.all_paged:
+        return False
     if cache.config.on_pressure == "error" or not cache.made_by_generate or cache.state.num_seqs is not None:
         return False
     if config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size:
         return False
     if any(name not in _INPUTS and value is not None and value is not False for name, value in kwargs.items()):
         return False
-    if handle.support(model).path is not Path.NATIVE or training_reason(model) or implementation_reason(model):
+    if training_reason(model) or sees_whole_batch(model):
         return False
     # It decodes rows of its own beside these, over a cache of its own.
     if any(isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in processors):
@@ -163,4 +195,4 @@ def _may_wait(
             return False
         if positions is not None and bool(((positions != mask.cumsum(1) - 1) & (mask != 0)).any()):
             return False
-    return pack_problem(forward, cache) is None
+    return True

@@ -48,7 +48,10 @@ def in_waves(
         cache.reset()
         progress = Progress(criteria, part)
         try:
-            result = run(part, for_rows(processors, rows), progress, **kwargs | {"attention_mask": seen})
+            given = kwargs | {"attention_mask": seen}
+            if kwargs.get("position_ids") is not None:
+                given["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+            result = run(part, for_rows(processors, rows), progress, **given)
         except PoolExhausted:
             if len(rows) == 1:
                 raise
