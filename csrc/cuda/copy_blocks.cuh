@@ -7,17 +7,15 @@ namespace paged::cuda {
 
 constexpr int kCopyThreads = 256;
 // Of one launch; a kernel's parameters have 4 KB.
-constexpr int kMaxCaches = 224;
-
-struct CacheCopy {
-  const char* src;
-  char* dst;
-};
+constexpr int kMaxPointers = 448;
 
 struct BlockCopies {
   BlockLoops loops;
   int64_t src_block_stride, dst_block_stride;  // bytes
-  CacheCopy caches[kMaxCaches];
+  bool in_place;  // a cache has one pointer, else that of its source and of its destination
+  char* pointers[kMaxPointers];
+
+  int max_caches() const { return in_place ? kMaxPointers : kMaxPointers / 2; }
 };
 static_assert(sizeof(BlockCopies) + 2 * sizeof(int64_t) <= 4096);
 
@@ -27,8 +25,9 @@ __global__ void __launch_bounds__(kCopyThreads)
     copy_blocks_kernel(const __grid_constant__ BlockCopies copies, const int64_t* block_mapping) {
   const BlockLoops& loops = copies.loops;
   const int64_t* const pair = block_mapping + 2 * int64_t(blockIdx.x);
-  const char* const src = copies.caches[blockIdx.y].src + pair[0] * copies.src_block_stride;
-  char* const dst = copies.caches[blockIdx.y].dst + pair[1] * copies.dst_block_stride;
+  char* const* const cache = copies.pointers + (copies.in_place ? blockIdx.y : 2 * blockIdx.y);
+  const char* const src = cache[0] + pair[0] * copies.src_block_stride;
+  char* const dst = cache[copies.in_place ? 0 : 1] + pair[1] * copies.dst_block_stride;
   const int run = int(loops.run_bytes / sizeof(Piece));
   const int count = int(loops.sizes[0] * loops.sizes[1] * loops.sizes[2]) * run;
 #pragma unroll 4

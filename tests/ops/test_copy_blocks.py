@@ -14,9 +14,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8]
 
 
 def samples():
-    """One layer and many, strided pools, one source for several blocks, nothing to do."""
+    """One layer and many and more, strided pools, one source for several blocks, nothing to do."""
     yield "one pair", {"pairs": [(1, 3)]}
     yield "many layers", {"pairs": [(0, 5), (1, 2)], "num_layers": 5}
+    yield "more layers than a launch takes", {"pairs": [(0, 5)], "num_layers": 230, "sizes": (2, 1, 4)}
     yield "one source", {"pairs": [(4, 0), (4, 1), (4, 3)], "num_layers": 2}
     for layout in ("nhd", "pool_view", "k_transposed"):
         yield layout, {"pairs": [(5, 0), (2, 3)], "layout": layout, "num_layers": 2}
