@@ -49,7 +49,7 @@ class Beginnings:
 
     def __init__(self, model: PreTrainedModel, state: CacheState, tokens: list[Ints]) -> None:
         self._model, self._state, self._tokens = model, state, tokens
-        self._at_least = state.pools.config.min_shared_prefix
+        self._shares, self._at_least = state.pools.config.share_prompts, state.pools.config.min_shared_prefix
         self._size = state.pools.config.block_size
         self._common: dict[tuple[int, int], int] = {}
 
@@ -61,7 +61,7 @@ class Beginnings:
             best = Beginning(length, unheld={pool: unheld for pool, (_, unheld) in of_pools.items()})
         most = len(self._tokens[row]) - 1
         computed, coming = 0, 0
-        for other in running:
+        for other in running if self._shares else ():
             common = min(self._in_common(row, other), most)
             if not (0 < self._at_least <= common or 0 < common == most):
                 continue

@@ -23,9 +23,13 @@ class PagedConfig:
             the same tokens; given up when blocks run out, and when the weights change.
         salt: blocks remembered under one salt are not found under another: a tenant cannot find out, by how fast a
             prompt is answered, whether others sent it.
+        pack_rows: calls compute no padding: their rows stand one after the other, in passes of `max_prefill_tokens`.
+            False: rows and columns as in stock; only prompts of beams and samples are shared then, and no row leaves.
         max_prefill_tokens: tokens that one forward pass of a prefill computes at most, of all rows together; longer
             prefills run as several passes, which bounds the memory of activations. At least 1. What engines call
             max_num_batched_tokens.
+        share_prompts: beams, samples and rows of a batch that begin alike compute and store once what they have in
+            common.
         min_shared_prefix: rows of a batch whose first so many tokens are the same compute and store these once; 0 = no
             rows but identical ones. Each level of prefixes costs a forward pass of its own.
         drop_finished_rows: rows of a batch that met their stopping criterion give their blocks back at once and are
@@ -35,6 +39,9 @@ class PagedConfig:
             when their turn comes, as "swap" does where the system has no memory left. Calls in several threads wait for
             blocks of one another, in CPU memory where their rows do not take turns; the one that came first goes on
             first. "error" raises PoolExhausted, which in generate_many is the result of one request.
+        max_num_seqs: sequences of generate_many that run at once, at most, unless the call says otherwise.
+        max_num_batched_tokens: tokens of one forward pass of generate_many, at most, likewise; at least `max_num_seqs`.
+        deterministic: what a request of generate_many gets does not depend on what else runs, likewise.
         compile: compile decode steps: True with the backend "torch_paged", or a dict of arguments of `torch.compile`.
             Prefills, whose sizes vary, run uncompiled.
         strict: raise instead of warning where a model or a call cannot run natively.
@@ -47,23 +54,29 @@ class PagedConfig:
     max_memory: int | float | str | None = None
     prefix_caching: bool = False
     salt: str = ""
+    pack_rows: bool = True
     max_prefill_tokens: int = 2048
+    share_prompts: bool = True
     min_shared_prefix: int = 64
     drop_finished_rows: bool = True
     on_pressure: str = "swap"
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    deterministic: bool = False
     compile: bool | dict[str, Any] = False
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("max_prefill_tokens", 1), ("min_shared_prefix", 0)):
+        least_of = dict(block_size=1, max_prefill_tokens=1, min_shared_prefix=0, max_num_seqs=1)
+        for name, least in (least_of | {"max_num_batched_tokens": self.max_num_seqs}).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}: {type(value).__name__}; must be an int")
             if value < least and name != "block_size":
                 raise ValueError(f"{name}: {value}; must be at least {least}")
         check_block_size(self.block_size)
-        kinds = (("prefix_caching", bool), ("salt", str), ("drop_finished_rows", bool), ("strict", bool))
-        for name, wanted in kinds:
+        flags = ("prefix_caching", "pack_rows", "share_prompts", "drop_finished_rows", "deterministic", "strict")
+        for name, wanted in (dict.fromkeys(flags, bool) | {"salt": str}).items():
             if not isinstance(value := getattr(self, name), wanted):
                 raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")
         if not isinstance(self.compile, (bool, dict)):

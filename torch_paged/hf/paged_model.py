@@ -286,6 +286,8 @@ def _paged_call(
 
 
 def _pack_problem(handle: PagedHandle, forward: Forward, cache: PagedCache) -> str | None:
+    if not cache.config.pack_rows:
+        return "pack_rows is off"
     problem = pack_problem(forward, cache)
     if problem == ROW_HOOKS:
         handle.tell(problem, "rows stay where stock has them: padding and finished rows are computed, nothing shared")
@@ -320,7 +322,10 @@ def rows_may_leave(
     in_step = bool(args and args[0]) or model_kwargs.get("synced_gpus")
     if in_step or generation_config.return_dict_in_generate or not isinstance(cache, PagedCache):
         return None
-    if not cache.made_by_generate or not cache.config.drop_finished_rows or pack_problem(forward, cache) is not None:
+    knobs = cache.config
+    if not (cache.made_by_generate and knobs.drop_finished_rows and knobs.pack_rows):
+        return None
+    if pack_problem(forward, cache) is not None:
         return None
     return cache
 

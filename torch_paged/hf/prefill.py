@@ -33,6 +33,7 @@ def prefill_once(
         expand == 1
         or rows % expand
         or not isinstance(cache, PagedCache)
+        or not cache.config.share_prompts
         or not cache.all_paged
         or cache.get_seq_length() > 0
         or _positions_of_several_kinds(model_kwargs)

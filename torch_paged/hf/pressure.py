@@ -159,7 +159,7 @@ def wait_for_others(cache: PagedCache, inputs: dict[str, Any]) -> bool:
 def _packs(handle: PagedHandle, forward: Forward, cache: PagedCache) -> bool:
     """Whether any rows of the cache may share a pass."""
     model = forward.model
-    if handle.support(model).path is not Path.NATIVE or implementation_reason(model):
+    if not cache.config.pack_rows or handle.support(model).path is not Path.NATIVE or implementation_reason(model):
         return False
     return pack_problem(forward, cache) is None
 

@@ -26,8 +26,12 @@ def saves_work(cache: PagedCache, call: Call) -> bool:
     if not call.num_tokens.any():
         return False
     num_columns = call.num_seqs * call.width
-    shares = call.num_seqs > 1 and call.width > 1 and not cache.state.columns.count
-    return call.valid is not None or shares or num_columns > cache.config.max_prefill_tokens
+    return call.valid is not None or _may_share(cache, call) or num_columns > cache.config.max_prefill_tokens
+
+
+def _may_share(cache: PagedCache, call: Call) -> bool:
+    """Whether rows may begin alike."""
+    return cache.config.share_prompts and call.num_seqs > 1 and call.width > 1 and not cache.state.columns.count
 
 
 def run_unpadded(
@@ -51,7 +55,7 @@ def run_unpadded(
     """
     grid = _Grid.of(call, inputs)
     sharing = Sharing.none(call.num_seqs)
-    if call.num_seqs > 1 and call.width > 1 and not cache.state.columns.count:
+    if _may_share(cache, call):
         sharing = Sharing.of(grid.rows(), cache.config.min_shared_prefix)
     cached = np.zeros_like(call.num_tokens) if cached is None else cached
     passes = plan_passes(call.num_tokens, cached, sharing, cache.config.max_prefill_tokens)

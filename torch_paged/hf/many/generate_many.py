@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.many.assistant import Assistant
 from torch_paged.hf.many.batch import Batch
 from torch_paged.hf.many.engine import Engine
@@ -24,7 +25,7 @@ from torch_paged.hf.many.request import GenerationRequest, GenerationResult, New
 from torch_paged.hf.many.sequence import Sequence as RunningSequence
 from torch_paged.hf.many.source import Source, source_of
 from torch_paged.hf.many.stats import ManyStats, now
-from torch_paged.hf.patch import Borrowed, unwrap
+from torch_paged.hf.patch import Borrowed, handle_of, unwrap
 from torch_paged.hf.support import Path, Support
 
 Prompt = Tensor | Sequence[int]
@@ -39,9 +40,9 @@ def generate_many(
     generation_config: GenerationConfig | None = None,
     assistant_model: nn.Module | None = None,
     stream: bool = False,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 2048,
-    deterministic: bool = False,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    deterministic: bool | None = None,
     timeout: float | None = None,
     progress: bool = False,
     **options: Any,
@@ -70,7 +71,7 @@ def generate_many(
         assistant_model: drafts for the greedy and sampling requests, which all are verified in one pass. Drafts from a
             sequence's own tokens need no model: `prompt_lookup_num_tokens` in a request's config.
         stream: also yield NewTokens as they come.
-        max_num_seqs: sequences that run at once, at most.
+        max_num_seqs: sequences that run at once, at most; None = as the model's PagedConfig says, like the next two.
         max_num_batched_tokens: tokens of one forward pass, at most; bounds the memory of activations. At least
             `max_num_seqs`.
         deterministic: a request's logits have the same bits whatever else runs, for the same two numbers: attention is
@@ -90,6 +91,12 @@ def generate_many(
         TypeError: `model` or `assistant_model` is no transformers model, or `requests` is neither iterable nor a queue.
         ValueError: a number is out of range, a model cannot generate, or the assistant's rows cannot share passes.
     """
+    inner = unwrap(model)
+    handle = handle_of(inner)
+    knobs = PagedConfig() if handle is None else handle.config
+    max_num_seqs = knobs.max_num_seqs if max_num_seqs is None else max_num_seqs
+    if max_num_batched_tokens is None:
+        max_num_batched_tokens = knobs.max_num_batched_tokens
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         least = 1 if name == "max_num_seqs" else max_num_seqs
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -100,12 +107,12 @@ def generate_many(
     many = GenerateMany.__new__(GenerateMany)
     defaults = _Defaults(generation_config, options, timeout)
     many._begin(
-        unwrap(model),
+        inner,
         None if assistant_model is None else unwrap(assistant_model),
         source,
         defaults,
         (max_num_seqs, max_num_batched_tokens),
-        deterministic,
+        knobs.deterministic if deterministic is None else deterministic,
         stream,
         _bar(requests) if progress else None,
     )
