@@ -18,23 +18,26 @@ TABLE = HERE / "budgets.tsv"
 LIBRARY = Path(torch_paged.__file__).parent / "_cuda.so"
 # The devices that run the code of each architecture of a build.
 DEVICES = {"80": ["80", "86"], "90": ["90"], "100": ["100"], "120": ["120"]}
-_TILE = re.compile(r"attention_tile_kernel<\w+, TileShape<(\d+), (\d+)> ?>")
+_SHAPE = re.compile(r"attention_\w+_kernel<.*\b(Tile|Fma)Shape<(\d+), (\d+)> ?>")
 
-# Registers a thread, and blocks of an SM where the shape of a block is fixed; else 0.
+# Registers a thread, and blocks of an SM.
 Budget = tuple[int, int]
 
 
 def budgets(kernels: list[CompiledKernel]) -> dict[tuple[str, str], Budget]:
     """Return what kernels take, by name and device."""
     found = [(k, device) for k in kernels for device in DEVICES.get(k.architecture, [k.architecture])]
-    tiles = [(k, device, tile) for k, device in found if (tile := _TILE.fullmatch(k.name))]
-    lines = "".join(f"{device} {tile[1]} {tile[2]} {k.registers}\n" for k, device, tile in tiles)
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "occupancy"
         subprocess.run(["nvcc", "-std=c++17", HERE / "occupancy.cpp", "-o", program], check=True)
+        told = subprocess.run([program, "shapes"], capture_output=True, text=True, check=True).stdout
+        shared = {tuple(shape): nbytes for *shape, nbytes in map(str.split, told.splitlines())}
+        # Of other kernels, a few bytes at most, which are not dynamic.
+        bytes_of = {k.name: shared[match.groups()] if (match := _SHAPE.fullmatch(k.name)) else 0 for k in kernels}
+        lines = "".join(f"{device} {k.threads} {bytes_of[k.name]} {k.registers}\n" for k, device in found)
         ran = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
-    blocks = {(k.name, device): int(n) for (k, device, _), n in zip(tiles, ran.stdout.split(), strict=True)}
-    return {(k.name, device): (k.registers, blocks.get((k.name, device), 0)) for k, device in found}
+    blocks = map(int, ran.stdout.split())
+    return {(k.name, device): (k.registers, n) for (k, device), n in zip(found, blocks, strict=True)}
 
 
 def recorded() -> dict[tuple[str, str], Budget]:

@@ -7,7 +7,8 @@ import struct
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from tests.emulator.fat_binary import CUBIN, Section, entries, section, sections
@@ -28,6 +29,8 @@ OPCODES = {
 }
 # Attributes of a function in .nv.info, and the format of records that carry their size.
 _REGISTERS, _FRAME_SIZE, _SIZED = 0x2F, 0x11, 4
+# In .nv.info of the function itself, with the sizes that __launch_bounds__ gives it.
+_MAX_THREADS = 0x05
 _SYMBOL_BYTES = 24
 
 
@@ -41,6 +44,8 @@ class CompiledKernel:
     # Bytes of local memory a thread: what is spilled, and arrays that registers cannot hold.
     stack: int
     opcodes: Counter[str]
+    # Of a block, as __launch_bounds__ says; 0 without.
+    threads: int = 0
 
 
 def compiled_kernels(library: Path) -> list[CompiledKernel]:
@@ -52,10 +57,7 @@ def compiled_kernels(library: Path) -> list[CompiledKernel]:
     names = subprocess.run(
         ["c++filt"], input="\n".join(k.name for k in found), capture_output=True, text=True, check=True
     )
-    return [
-        CompiledKernel(k.architecture, short_name(name), k.registers, k.stack, k.opcodes)
-        for k, name in zip(found, names.stdout.splitlines(), strict=True)
-    ]
+    return [replace(k, name=short_name(name)) for k, name in zip(found, names.stdout.splitlines(), strict=True)]
 
 
 def _cubin(architecture: str, elf: bytes) -> Iterator[CompiledKernel]:
@@ -70,22 +72,34 @@ def _cubin(architecture: str, elf: bytes) -> Iterator[CompiledKernel]:
             code = by_name[f".text.{name}"].data
             words = (struct.unpack_from("<H", code, position)[0] & 0xFFF for position in range(0, len(code), 16))
             opcodes = Counter(OPCODES[word] for word in words if word in OPCODES)
-            yield CompiledKernel(architecture, name, count, stack[name], opcodes)
+            threads = _max_threads(by_name[f".nv.info.{name}"].data)
+            yield CompiledKernel(architecture, name, count, stack[name], opcodes, threads)
 
 
 def _attribute(by_name: dict[str, Section], wanted: int) -> dict[str, int]:
     """Return what `.nv.info` says of each function: records of format, attribute, size, symbol and value."""
-    symbols, names, info = (by_name[name].data for name in (".symtab", ".strtab", ".nv.info"))
+    symbols, names = by_name[".symtab"].data, by_name[".strtab"].data
     found = {}
+    for attribute, value in _sized_records(by_name[".nv.info"].data):
+        if attribute == wanted:
+            symbol, number = struct.unpack("<II", value)
+            (name,) = struct.unpack_from("<I", symbols, symbol * _SYMBOL_BYTES)
+            found[names[name : names.index(b"\0", name)].decode()] = number
+    return found
+
+
+def _max_threads(info: bytes) -> int:
+    sizes = [struct.unpack("<III", value) for attribute, value in _sized_records(info) if attribute == _MAX_THREADS]
+    return prod(sizes[0]) if sizes else 0
+
+
+def _sized_records(info: bytes) -> Iterator[tuple[int, bytes]]:
     position = 0
     while position < len(info):
         form, attribute, size = struct.unpack_from("<BBH", info, position)
-        if form == _SIZED and attribute == wanted:
-            symbol, value = struct.unpack_from("<II", info, position + 4)
-            (name,) = struct.unpack_from("<I", symbols, symbol * _SYMBOL_BYTES)
-            found[names[name : names.index(b"\0", name)].decode()] = value
+        if form == _SIZED:
+            yield attribute, info[position + 4 : position + 4 + size]
         position += 4 + (size if form == _SIZED else 0)
-    return found
 
 
 def short_name(name: str) -> str:
