@@ -102,13 +102,26 @@ def in_chunks(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return rotated(query), rotated(key)
 
 
+def angles_apart(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The same angles, spread over the pairs for query and key apart, as in GPT-J."""
+
+    def rotated(x: Tensor) -> Tensor:
+        halves = [angle[..., : HEAD_DIM // 2] for angle in (cos, sin)]
+        return half_split(x, *(torch.cat((half, half), -1) for half in halves))
+
+    cos, sin = (each[:, None] for each in angles("half split", torch.tensor([[2], [5], [1]]), torch.float32))
+    return rotated(query), rotated(key)
+
+
 def upcast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Computed in float32 for bfloat16, as where rounding the products would cost accuracy."""
     query, key = turned(torch.float32, query.float(), key.float())
     return query.bfloat16(), key.bfloat16()
 
 
-@pytest.mark.parametrize(("rotate", "dtype"), [(in_chunks, torch.float32), (upcast, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("rotate", "dtype"), [(in_chunks, torch.float32), (angles_apart, torch.float32), (upcast, torch.bfloat16)]
+)
 @torch.no_grad()
 def test_other_ways_to_write_it(
     rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype, lowered: Lowered
@@ -134,6 +147,12 @@ def another_angle(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return first, half_split(key, cos, sin)
 
 
+def spread_otherwise(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The same angles at first, then in another order for keys."""
+    cos, sin = (each[:, None] for each in angles("half split", torch.tensor([[2], [5], [1]]), torch.float32))
+    return half_split(query, cos.roll(1, 0), sin.roll(1, 0)), half_split(key, cos.roll(2, 0), sin.roll(2, 0))
+
+
 def key_alone(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return query, turned(torch.float32, query, key)[1]
 
@@ -148,7 +167,7 @@ def other_sign(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return back(query), back(key)
 
 
-@pytest.mark.parametrize("rotate", [per_head, another_angle, key_alone, other_sign])
+@pytest.mark.parametrize("rotate", [per_head, another_angle, spread_otherwise, key_alone, other_sign])
 @torch.no_grad()
 def test_what_only_looks_alike_is_left_alone(
     rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], lowered: Lowered

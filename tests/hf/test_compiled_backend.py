@@ -32,13 +32,15 @@ def _fresh_dynamo() -> Iterator[None]:
     ("qwen3", 1, 5),
     # A part of each head is rotated. q, k, v and fc1, dense, fc2, the head.
     ("phi", 1, 4),
+    # Neighbours are pairs, in attention code of its own. q, k and v, fc_in with its bias, out_proj, fc_out, the head.
+    ("gptj", 1, 5),
     # Positions are learned. Conv1D: c_attn, c_proj, c_fc and c_proj, the head.
     ("gpt2", 0, 5),
 ])  # fmt: skip
 def test_what_fires(
     name: str, fused: int, packed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny_causal(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1})
+    model = tiny_causal(name, **{"n_layer" if name.startswith("gpt") else "num_hidden_layers": 1})
     stock = twin(model)
     handle = torch_paged.patch(model, compile=True, block_size=4)
     lowered = Lowered(monkeypatch)

@@ -15,6 +15,8 @@ from torch._dynamo.utils import ReinplaceCounters, counters
 from transformers import CompileConfig, PreTrainedModel
 
 import torch_paged
+from torch_paged.hf import compiled
+from torch_paged.hf.group import Step
 from torch_paged.hf.step_cache import StepLayer
 
 from .counting import count_calls, messages
@@ -23,7 +25,9 @@ from .models import assert_same_tokens, batch, generate, tiny, twin
 
 RAGGED, ALONE = batch([20, 5, 9]), batch([17])
 NAMES = [
-    "llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "phi", "mixtral"
+    "llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "phi", "mixtral",
+    # K and V out of one chunk; attention code of its own.
+    "gpt_neox", "bloom",
 ]  # fmt: skip
 
 
@@ -96,21 +100,33 @@ def test_number_of_graphs() -> None:
     assert handle.stats().blocks_used == 0
 
 
-def test_rows_that_leave_compile_nothing() -> None:
+def test_rows_that_leave_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     stock = twin(model)
-    free = generate(stock, RAGGED, eos_token_id=None)[:, 20:]
-    # Rows end one after the other.
-    eos = next(
-        int(token)
-        for token in free[0]
-        if sorted({_first(row, int(token)) for row in free})[0] < _last(free, int(token))
-    )
-    expected = generate(stock, RAGGED, eos_token_id=eos)
+    prompts = batch([20, 5, 9, 14])
+    # Rows end one after the other, each with a token that no other row has.
+    free = generate(stock, prompts, eos_token_id=None)[:, 20:].tolist()
+    last: list[int] = []
+    for row in free:
+        others = {token for other in free if other is not row for token in other}
+        last.append(next(i for i, token in enumerate(row) if i and i not in last and token not in {*others, *row[:i]}))
+    ends = [row[i] for row, i in zip(free, last, strict=True)]
+    expected = generate(stock, prompts, eos_token_id=ends)
+    rows: list[int] = []
+    prepared = compiled._prepared
+
+    def counting(step: Step, is_decode: bool) -> Step:
+        rows.append(len(step.seq_lens))
+        return prepared(step, is_decode)
+
+    monkeypatch.setattr(compiled, "_prepared", counting)
     graphs = Graphs()
     torch_paged.patch(model, compile={"backend": graphs})
-    assert_same_tokens(stock, expected, generate(model, RAGGED, eos_token_id=eos), prompt=RAGGED)
-    assert graphs.compiled <= 2
+    assert_same_tokens(stock, expected, generate(model, prompts, eos_token_id=ends), prompt=prompts)
+    steps = [sum(end >= step for end in last) for step in range(1, max(last) + 1)]
+    assert rows == steps and set(steps) == {4, 3, 2, 1}
+    # For a row by itself, and for all other numbers.
+    assert graphs.compiled == 2 and graphs.runs == len(steps)
 
 
 def test_no_cache_is_copied() -> None:
@@ -127,15 +143,6 @@ def test_no_cache_is_copied() -> None:
     cache = torch_paged.PagedCache(model.config, max_memory="1MiB")
     assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED, past_key_values=cache), prompt=RAGGED)
     assert counters["stats"]["unique_graphs"] == 1
-
-
-def _first(row: Tensor, token: int) -> int:
-    places = (row == token).nonzero()
-    return int(places[0]) if len(places) else len(row)
-
-
-def _last(rows: Tensor, token: int) -> int:
-    return max(_first(row, token) for row in rows)
 
 
 def _by_forward(model: PreTrainedModel, backend: Any) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten
 
 from torch_paged.compile.rotation import Rotation, find_rotation
 
@@ -124,7 +126,7 @@ def _lays_out(node: Any) -> bool:
 def _turn_alike(key: _Rows, query: _Rows) -> bool:
     """Whether one op can turn both: the same angles, the same pairs, tokens in the same order, one angle a token."""
     k, q = key.rotation, query.rotation
-    if (k.cos, k.sin, k.interleaved) != (q.cos, q.sin, q.interleaved):
+    if k.interleaved != q.interleaved or not (_same(k.cos, q.cos) and _same(k.sin, q.sin)):
         return False
     if k.cos.meta["val"].shape != k.sin.meta["val"].shape or k.cos.meta["val"].dtype != k.sin.meta["val"].dtype:
         return False
@@ -137,6 +139,18 @@ def _turn_alike(key: _Rows, query: _Rows) -> bool:
         if len(shape) >= -dims[0] and shape[dims[0]] != 1:
             return False
     return _token_places(key, dims) == _token_places(query, dims)
+
+
+def _same(a: Any, b: Any, depth: int = 12) -> bool:
+    """Whether nodes, or arguments of nodes, are the same values: GPT-J spreads its angles for query and key apart."""
+    if a is b or not isinstance(a, Node) or not isinstance(b, Node):
+        return type(a) is type(b) and bool(a == b)
+    if depth == 0 or a.target is not b.target or not isinstance(a.target, OpOverload) or a.kwargs != b.kwargs:
+        return False
+    if a.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in a.target.tags:
+        return False
+    (of_a, like_a), (of_b, like_b) = tree_flatten(a.args), tree_flatten(b.args)
+    return like_a == like_b and all(_same(x, y, depth - 1) for x, y in zip(of_a, of_b, strict=True))
 
 
 def _head_dim(rows: _Rows) -> int | None:

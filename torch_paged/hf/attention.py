@@ -95,6 +95,11 @@ def attend(
     Raises:
         NeedsOwnAttention: `key` was not stored in this call, or its cache slides where the model's mask does not.
     """
+    if (compiled := step_layer(key, key)) is not None:
+        window = compiled.sliding_window or sliding_window
+        return compiled.attend(
+            query, scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes
+        )
     if not isinstance(key, PagedKV) or (step := _native_step(key)) is None:
         raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
     return _attend(module, query, key.pair.layer, step, scaling, sliding_window, softcap, sinks, alibi_slopes)

@@ -212,7 +212,9 @@ def _forget_frames(error: BaseException | None) -> None:
 
 def _summary(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    # What an exception in the model says stands here, and nowhere above.
+    context = [line for line in lines if line.startswith("Developer debug context: raised exception")]
+    return " ".join(context or lines[:2]) or type(error).__name__
 
 
 @functools.cache

@@ -58,6 +58,8 @@ class StepLayer(CacheLayerMixin):  # type: ignore[misc]
         torch.ops.paged.reshape_and_cache.default(
             _rows(key_states), _rows(value_states), self.key_cache, self.value_cache, self.shared.step.slot_mapping
         )
+        # Dynamo sets attributes of an op's only result, not of one of several, as `chunk` has.
+        key_states, value_states = key_states.view_as(key_states), value_states.view_as(value_states)
         setattr(key_states, _TAG, self)
         setattr(value_states, _TAG, self)
         return key_states, value_states
