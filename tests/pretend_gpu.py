@@ -1,6 +1,7 @@
-"""A GPU that is none: tensors that say they are on `cuda` and lie on the CPU.
+"""GPUs that are none: tensors that say they are on `cuda:0` or `cuda:1` and lie on the CPU.
 
-What mixes them with tensors of the CPU, or reads them as if they were some, fails as on a GPU. Kernels are the CPU's.
+What mixes them with tensors of another device, or reads them as if they were the CPU's, fails as on a GPU. Kernels are
+the CPU's.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class GpuTensor(Tensor):
     host: Tensor
 
     @staticmethod
-    def __new__(cls, host: Tensor) -> GpuTensor:
+    def __new__(cls, host: Tensor, device: torch.device) -> GpuTensor:
         made = Tensor._make_wrapper_subclass(
             cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype,
-            device=torch.device("cuda", 0), requires_grad=host.requires_grad,
+            device=device, requires_grad=host.requires_grad,
         )  # fmt: skip
         made.host = host
         return made
@@ -79,7 +80,7 @@ class _Generator(torch.Generator):
 
 @contextmanager
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let `cuda` be such a device, one without virtual memory management."""
+    """Let `cuda` be two such devices, without virtual memory management."""
     _let_torch_enter_it()
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 20, 16 << 20))
@@ -103,11 +104,11 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "paged::_device_page_bytes":
         return 0
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    is_there = any(isinstance(tensor, GpuTensor) for tensor in tensors)
-    if is_there and name not in COPIES:
-        _refuse_others(name, args[:1] + args[2:] if name in INDEXING else args, kwargs)
+    place = next((tensor.device for tensor in tensors if isinstance(tensor, GpuTensor)), torch.device("cpu"))
+    if place.type == "cuda" and name not in COPIES:
+        _refuse_others(place, name, args[:1] + args[2:] if name in INDEXING else args, kwargs)
     if (device := kwargs.get("device")) is not None:
-        is_there = torch.device(device).type == "cuda"
+        place = torch.device(device)
         kwargs = kwargs | {"device": torch.device("cpu"), **({"pin_memory": False} if "pin_memory" in kwargs else {})}
     given = {id(tensor.host): tensor for tensor in tensors if isinstance(tensor, GpuTensor)}
     given |= {id(tensor): tensor for tensor in tensors if not isinstance(tensor, GpuTensor)}
@@ -117,15 +118,20 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not isinstance(value, Tensor):
             return value
         # What an op writes in place it returns as it was given.
-        return given[id(value)] if id(value) in given else GpuTensor(value) if is_there else value
+        return given[id(value)] if id(value) in given else at(value, place)
 
     return tree_map(placed, result)
 
 
-def _refuse_others(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+def at(host: Tensor, device: torch.device) -> Tensor:
+    return GpuTensor(host, torch.device("cuda", device.index or 0)) if device.type == "cuda" else host
+
+
+def _refuse_others(place: torch.device, name: str, args: Any, kwargs: dict[str, Any]) -> None:
     for value in tree_leaves((args, kwargs)):
-        if isinstance(value, Tensor) and not isinstance(value, GpuTensor) and value.dim() > 0:
-            raise RuntimeError(f"{name}: tensors on cuda:0 and on the CPU, {list(value.shape)}; must be on one device")
+        # Numbers of the CPU go everywhere.
+        if isinstance(value, Tensor) and value.device != place and (value.dim() > 0 or value.is_cuda):
+            raise RuntimeError(f"{name}: tensors on {place} and {value.device}, {list(value.shape)}; must be on one")
 
 
 def _host(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import PreTrainedModel
 
 import torch_paged
@@ -23,6 +24,10 @@ from .models import assert_same_tokens, batch, generate, tiny, tiny_t5, twin
 from .swaps import count_swapped
 
 LENGTHS = [20, 5, 11]
+TWO_GPUS = {
+    "model.embed_tokens": "cuda:0", "model.rotary_emb": "cuda:0", "model.layers.0": "cuda:0",
+    "model.layers.1": "cuda:1", "model.layers.2": "cuda:1", "model.norm": "cuda:1", "lm_head": "cuda:1",
+}  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.9},
@@ -51,14 +56,18 @@ def there(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor.to("cuda") for name, tensor in inputs.items()}
 
 
-def both(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A stock model on the GPU, and another with the same weights."""
+def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A stock model, and another with the same weights, on the CPU yet."""
     # A pretended GPU has no kernels for SDPA, nor those that count integers for grouped experts.
     made = tiny(name, attn_implementation=None if name == "bloom" else "eager")
     if name in ("gpt_oss", "jamba"):
         made.set_experts_implementation("eager")
-    other = twin(made)
-    return made.to("cuda"), other.to("cuda")
+    return made, twin(made)
+
+
+def both(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    stock, model = pair(name)
+    return stock.to("cuda"), model.to("cuda")
 
 
 def tokens_of(result: Any) -> torch.Tensor:
@@ -208,3 +217,17 @@ def test_blocks_go_to_pinned_memory(gpu: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(Pool, "save_blocks", saved)
         generate(model, there(batch([21, 9, 17, 30, 5, 12])), max_new_tokens=20)
     assert pinned and all(pinned)
+
+
+def test_layers_on_two_gpus(gpu: str) -> None:
+    if gpu == "hardware" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    stock, model = (dispatch_model(each, TWO_GPUS) for each in pair("llama"))
+    assert {parameter.device.index for parameter in model.parameters()} == {0, 1}
+    inputs = there(batch(LENGTHS))
+    with torch_paged.paged(model, block_size=4, strict=True, max_memory="4MiB") as handle, count_calls() as calls:
+        for mode in ({}, {"num_beams": 2}):
+            expected = tokens_of(generate(stock, inputs, **mode))
+            assert_same_tokens(stock, expected, tokens_of(generate(model, inputs, **mode)), inputs)
+        assert handle.stats().blocks_used == 0 < handle.stats().peak_bytes
+    assert calls["paged.attention"] > 0 == calls["gather"]
