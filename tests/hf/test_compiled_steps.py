@@ -129,6 +129,32 @@ def test_rows_that_leave_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert graphs.compiled == 2 and graphs.runs == len(steps)
 
 
+def test_steps_on_a_gpu_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph is captured for each combination of rows and table width; here on a CPU, where none is."""
+    model = tiny("llama")
+    stock = twin(model)
+    sizes: list[tuple[int, ...]] = []
+    prepared = compiled._prepared
+
+    def counting(step: Step, is_decode: bool) -> Step:
+        sizes.append(tuple(step.block_table.shape))
+        assert len(step.seq_lens) == len(step.slot_mapping) == len(step.cu_seqlens_q) - 1 == sizes[-1][0]
+        return prepared(step, is_decode)
+
+    monkeypatch.setattr(compiled, "_prepared", counting)
+    monkeypatch.setattr(compiled, "fills_up", lambda device: True)
+    graphs = Graphs()
+    handle = torch_paged.patch(model, compile={"backend": graphs}, block_size=4, share_prompts=False)
+    for number, filled in ((1, 1), (3, 4), (5, 8), (9, 16)):
+        sizes.clear()
+        prompts = batch([20, 5, 9, 3, 17, 6, 7, 8, 12][:number])
+        expected = generate(stock, prompts, eos_token_id=None)
+        assert_same_tokens(stock, expected, generate(model, prompts, eos_token_id=None), prompt=prompts)
+        # From 21 to 43 tokens in blocks of 4.
+        assert len(sizes) == 23 and set(sizes) == {(filled, 8), (filled, 16)}
+    assert graphs.compiled == 2 and handle.stats().blocks_used == 0
+
+
 def test_no_cache_is_copied() -> None:
     model = tiny("llama")
     stock = twin(model)

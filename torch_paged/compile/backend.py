@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torch_paged.compile.cuda_graphs import cuda_graph_settings
+from torch_paged.compile.cuda_graphs import cuda_graph_settings, is_decode_step
 from torch_paged.compile.frozen import Derived
 from torch_paged.compile.options import CompileOptions
 from torch_paged.compile.projections import freeze_projections
@@ -51,7 +51,7 @@ def compile_graph(
     settings = {
         **(list_mode_options(mode) if mode else {}),
         **inductor_passes(options),
-        **cuda_graph_settings(inputs, options),
+        **cuda_graph_settings(inputs, options, decodes=is_decode_step(graph.graph)),
         **options.inductor,
     }
     compiled = cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=settings))

@@ -14,8 +14,9 @@ class CompileOptions:
         merge_projections: run linear layers that share an input as one. Needs weights that are frozen, as they are
             where gradients are off when the graph is captured; takes memory for a second copy of these weights.
         prepack: on a CPU, run linear layers over packed weights, `packed_linear`. As above; one copy serves both.
-        cuda_graphs: replay graphs whose shapes are static as CUDA graphs, one for each shape, so one for each batch
-            size. Caches, lengths and tables have to stay where they are: `torch._dynamo.mark_static_address`.
+        cuda_graphs: replay graphs as CUDA graphs, one for each combination of sizes: those whose sizes are all known,
+            and decode steps, whose batch and table width should be rounded up to few. Caches have to stay where they
+            are: `torch._dynamo.mark_static_address`.
         cache_copies: what to do when a compiled graph would copy a paged cache: "raise", "warn" or "allow".
         inductor: settings of `torch._inductor.config` for this compilation, on top of all others.
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
 from torch_paged.hf.around import run_compiled
+from torch_paged.hf.buckets import filled_inputs, filled_step, fills_up
 from torch_paged.hf.call import Call
 from torch_paged.hf.group import Step
 from torch_paged.hf.pools import GroupKey
@@ -32,7 +33,9 @@ class Compiled:
 
     A pass sees a StepCache instead of the PagedCache: its tables, slots and lengths are tensors that our eager code
     makes before it. Decode steps of one row are a graph, those of two rows and more another: sizes above one are
-    symbols, so that neither longer sequences nor rows that leave compile anything.
+    symbols, so that neither longer sequences nor rows that leave compile anything. Tables, slots and lengths are made
+    anew for each pass and so not marked static: CUDA graphs copy them, some kilobytes, into memory of their own, and
+    would be captured again for every new address.
 
     Args:
         run: the model's stock call as `run(model, base, inputs)`, which compiles what it runs.
@@ -101,13 +104,14 @@ class Compiled:
             cache.step_view = StepView(layers)
         view = cache.step_view
         is_decode = int(call.num_tokens.max(initial=0)) <= 1
+        fill = is_decode and fills_up(keep.device)
         for group, shared in view.groups:
-            shared.step, shared.is_decode = _prepared(group.plan(call), is_decode), is_decode
+            step = filled_step(group.plan(call)) if fill else group.plan(call)
+            shared.step, shared.is_decode = _prepared(step, is_decode), is_decode
         view.cache.columns = torch.tensor(cache.state.columns.count - call.width)
         given = {"input_ids", "position_ids", "use_cache"}
-        inputs = {name: value for name, value in inputs.items() if name in given} | {
-            "past_key_values": view.cache, "return_dict": True
-        }  # fmt: skip
+        inputs = {name: value for name, value in inputs.items() if name in given}
+        inputs = (filled_inputs(inputs) if fill else inputs) | {"past_key_values": view.cache, "return_dict": True}
         for name in ("input_ids", "position_ids"):
             if name in inputs:
                 _mark_dynamic(inputs[name], 1)
