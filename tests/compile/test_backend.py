@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ assert "transformers" not in sys.modules
 
 def test_registered() -> None:
     assert "torch_paged" in torch._dynamo.list_backends(exclude_tags=())
+
+
+def test_entry_point() -> None:
+    """By which `torch.compile` finds it before anyone has imported torch_paged."""
+    [found] = entry_points(group="torch_dynamo_backends", name="torch_paged")
+    assert found.load() is compile_graph
 
 
 def test_without_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_paged.compile import frozen, projections, repack
+from torch_paged.compile import frozen, projections, repack, repack_if_written
 
 from .decoder import Decoder, decode
 from .lowered import Lowered
@@ -87,11 +87,24 @@ def test_weights_are_followed(made: list[str]) -> None:
     assert follows()
     model.b.weight = nn.Parameter(torch.randn(3, 6))
     assert follows()
+    model.b = nn.Linear(6, 3)
+    assert follows()
     # Nothing tells of this.
     model.a.weight.data.mul_(2)
     assert not follows()
     repack()
     assert follows()
+    # A sample of each weight does, of NaN too.
+    model.b.weight.data.add_(1)
+    repack_if_written(model.parameters())
+    assert follows()
+    model.a.weight.data[:, 0] = torch.nan
+    repack_if_written(model.parameters())
+    assert compiled(x)[:, :5].isnan().all() and not compiled(x)[:, 5:].isnan().any()
+    made.clear()
+    repack_if_written(model.parameters())
+    compiled(x)
+    assert made == []
 
 
 @torch.no_grad()

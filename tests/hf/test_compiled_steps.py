@@ -206,9 +206,13 @@ def test_ways_to_compile(name: str, how: Any, caplog: pytest.LogCaptureFixture) 
     assert type(model) is type(stock)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_modes(mode: Any) -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize(("name", "mode"), [
+    ("mixtral", torch.no_grad),
+    ("gemma3", torch.inference_mode),
+    ("gpt2", lambda: torch.autocast("cpu", torch.bfloat16)),
+])  # fmt: skip
+def test_modes(name: str, mode: Any) -> None:
+    model = tiny(name)
     torch_paged.patch(model)
     context: AbstractContextManager[None] = mode()
     with context:

@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
+from torch_paged.compile import repack_if_written
 from torch_paged.hf.around import run_compiled
 from torch_paged.hf.buckets import filled_inputs, filled_step, fills_up
 from torch_paged.hf.call import Call
@@ -102,6 +103,7 @@ class Compiled:
         layers = cache.paged_layers
         if cache.step_view is None or not cache.step_view.is_of(layers):
             cache.step_view = StepView(layers)
+            repack_if_written(model.parameters())
         view = cache.step_view
         is_decode = int(call.num_tokens.max(initial=0)) <= 1
         fill = is_decode and fills_up(keep.device)
