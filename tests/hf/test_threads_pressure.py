@@ -102,6 +102,20 @@ def test_single_rows_wait_for_one_another(name: str, kind: str, how: str) -> Non
     assert_nothing_held(handle)
 
 
+def test_a_row_of_pads_alone_waits_too() -> None:
+    """Its first pass runs again, over pads as before."""
+    stock = tiny("llama")
+    model = twin(stock)
+    handle = small(model, 13)
+    prompts = [batch([21]), batch([21], seed=1), batch([21], seed=2)]
+    for inputs in prompts[1:]:
+        inputs["attention_mask"][:] = 0
+    actual = at_once(*(functools.partial(generate, model, inputs, **OPTIONS) for inputs in prompts))
+    for inputs, result in zip(prompts, actual, strict=True):
+        assert torch.equal(result, generate(stock, inputs, **OPTIONS))
+    assert_nothing_held(handle)
+
+
 class Meets:
     """A processor that does nothing until its n-th call, where it sets one event and waits for another."""
 

@@ -217,12 +217,15 @@ def _announced_call(
     if cache.state.num_seqs is None:
         cache.state.pools.line.wait_behind()
     random_state = RandomState() if model.training else None
+    pads_kept = cache.state.refusal if cache.state.keeps_pads else None
     while True:
         try:
             return _paged_call(base, handle, model, named, args, kwargs, compile_config, around)
         except PoolExhausted:
             if not wait_for_others(cache, named):
                 raise
+            if pads_kept is not None:
+                cache.state.keep_pads(pads_kept)
         if random_state is not None:
             random_state.restore()
 

@@ -72,9 +72,10 @@ def sample(
     mask = kwargs.get("attention_mask")
     # A mask of any dtype, as stock takes it.
     mask = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
+    begun = mask.any(dim=1)
     take_turns = (
         _packs(handle, forward, cache)
-        and bool(mask.any(dim=1).all())
+        and bool(begun.all())
         and works_row_by_row(logits_processor, stopping_criteria)
         and end_alone(stopping_criteria)
     )
@@ -97,7 +98,7 @@ def sample(
         except NeedsOwnAttention:
             raise exhausted from None
     return in_waves(
-        stock, cache, logits_processor, stopping_criteria, progress.ids, progress.done, generation_config, kwargs
+        stock, cache, logits_processor, stopping_criteria, progress.ids, progress.done, generation_config, kwargs, begun
     )
 
 

@@ -24,6 +24,7 @@ def in_waves(
     done: Tensor,
     config: GenerationConfig,
     kwargs: dict[str, Any],
+    begun: Tensor,
 ) -> Tensor:
     """Decode the rows that go on in sub-batches, half as large whenever one runs out of blocks.
 
@@ -34,6 +35,7 @@ def in_waves(
         ids: int64 `[rows, columns]`, all tokens so far.
         done: bool `[rows]`, rows that have ended.
         kwargs: of `run`, with the `attention_mask` of these columns.
+        begun: bool `[rows]`, rows whose prompts are not padding alone; stock counts positions of others from one.
 
     Raises:
         PoolExhausted: one row alone does not fit.
@@ -50,7 +52,8 @@ def in_waves(
         try:
             given = kwargs | {"attention_mask": seen}
             if kwargs.get("position_ids") is not None:
-                given["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+                counted = seen.cumsum(1) - begun[rows][:, None].to(seen)
+                given["position_ids"] = (counted * seen).clamp(min=0)
             result = run(part, for_rows(processors, rows), progress, **given)
         except PoolExhausted:
             if len(rows) == 1:
