@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+import torch_paged
 from torch_paged import PagedHandle, PoolExhausted, generate_many
 from torch_paged.hf import line
 
@@ -99,6 +100,25 @@ def test_single_rows_wait_for_one_another(name: str, kind: str, how: str) -> Non
             assert torch.equal(expected, result)
         else:
             assert_same_tokens(stock, expected, result, inputs)
+    assert_nothing_held(handle)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["turns", "waves"])
+@pytest.mark.parametrize("name", ["llama", "diffllama"])
+@pytest.mark.parametrize("how", ["swap", "recompute"])
+def test_nobody_tries_the_same_again_and_again(how: str, name: str, own: bool) -> None:
+    """Batches of which some rows never fit: calls end, with tokens or with an error."""
+    stock = tiny(name)
+    model = twin(stock)
+    handle = torch_paged.patch(model, block_size=16, max_memory=56_000, on_pressure=how)
+    prompts = [batch(lengths, seed=seed) for seed, lengths in enumerate([[31, 27], [36, 9, 28, 13], [5, 14], [60, 60]])]
+    extra: dict[str, Any] = {"logits_processor": LogitsProcessorList([Own()])} if own else {}
+    jobs = [functools.partial(generate, model, inputs, **OPTIONS, **extra) for inputs in prompts]
+    for inputs, result in zip(prompts, at_once(*jobs), strict=True):
+        if isinstance(result, PoolExhausted):
+            result.__traceback__ = None
+            continue
+        assert torch.equal(result, generate(stock, inputs, **OPTIONS, **extra))
     assert_nothing_held(handle)
 
 

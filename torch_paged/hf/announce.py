@@ -23,12 +23,14 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
     """
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
     outer, current.call = current.call, call
+    whole = False
     if cache is not None:
         cache.state.pools.line.pass_begins()
     try:
         if cache is not None and call is not None:
             cache.announce(call)
         yield
+        whole = True
     except BaseException:
         if cache is not None and call is not None:
             cache.rollback(call)
@@ -37,7 +39,7 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
         current.call = outer
         if cache is not None:
             cache.state.forget_handles()
-            cache.state.pools.line.pass_ends()
+            cache.state.pools.line.pass_ends(whole=whole)
 
 
 def make_call(

@@ -30,6 +30,7 @@ class Place:
         seen: when it last was, or began or waited.
         enough: while it waits, whether it finds what it needs.
         holds: while it waits, whether it keeps blocks that others could use.
+        tried: bytes that were free when it last went on, and has not got through a pass since.
     """
 
     number: int
@@ -39,6 +40,7 @@ class Place:
     seen: float = 0.0
     enough: Callable[[], bool] | None = None
     holds: bool = False
+    tried: int | None = None
 
     @property
     def may_free(self) -> bool:
@@ -127,10 +129,12 @@ class Line:
         if (place := self._of_thread.get(threading.get_ident())) is not None:
             place.in_pass = True
 
-    def pass_ends(self) -> None:
-        """Not any more."""
+    def pass_ends(self, *, whole: bool) -> None:
+        """Not any more; `whole` if it came to its end."""
         if (place := self._of_thread.get(threading.get_ident())) is not None:
             place.in_pass, place.seen = False, time.monotonic()
+            if whole:
+                place.tried = None
 
     @property
     def is_first(self) -> bool:
@@ -182,6 +186,7 @@ class Line:
                     elif time.monotonic() - hoped > _GRACE:
                         return self._free_bytes() > before
                     self._changed.wait(_LOOK)
+                place.tried = self._free_bytes()
                 return True
             finally:
                 place.enough, place.seen = None, time.monotonic()
@@ -193,6 +198,8 @@ class Line:
 
     def _may_go(self, place: Place) -> bool:
         assert place.enough is not None
+        if place.tried is not None and self._free_bytes() <= place.tried:
+            return False  # it was not enough, whatever was thought
         self._free_bytes()
         return place.enough() and not any(
             other.enough is not None and other.number < place.number for other in self._others(place)

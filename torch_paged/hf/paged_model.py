@@ -222,7 +222,7 @@ def _announced_call(
         try:
             return _paged_call(base, handle, model, named, args, kwargs, compile_config, around)
         except PoolExhausted:
-            if not wait_for_others(cache, named):
+            if not wait_for_others(cache, named, native=handle.support(model).path is Path.NATIVE):
                 raise
             if pads_kept is not None:
                 cache.state.keep_pads(pads_kept)

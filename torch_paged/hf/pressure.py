@@ -124,8 +124,11 @@ def beam_search(
     return beams_in_waves(stock, cache, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
 
 
-def wait_for_others(cache: PagedCache, inputs: dict[str, Any]) -> bool:
+def wait_for_others(cache: PagedCache, inputs: dict[str, Any], *, native: bool) -> bool:
     """After a call over `inputs` found too few blocks: wait until calls of other threads have freed as many.
+
+    Args:
+        native: the model's calls do not store padding.
 
     Returns: whether to call again; False where its rows can be divided, or nobody can free anything.
     """
@@ -137,7 +140,7 @@ def wait_for_others(cache: PagedCache, inputs: dict[str, Any]) -> bool:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     tokens = inputs["inputs_embeds"] if ids is None else ids
     new = np.full(len(tokens), tokens.shape[1])
-    if isinstance(mask, Tensor) and mask.ndim == 2:
+    if native and state.refusal is None and isinstance(mask, Tensor) and mask.ndim == 2:
         new = (mask[:, -tokens.shape[1] :] != 0).sum(1).cpu().numpy()
     line, lengths, room = state.pools.line, state.seq_lens, state.pools.have_room
     if not line.has_others:

@@ -49,6 +49,7 @@ def in_waves(
         rows, part, seen = waves.pop(0)
         cache.reset()
         progress = Progress(criteria, part)
+        cache.state.divides = len(rows) > 1
         try:
             given = kwargs | {"attention_mask": seen}
             if kwargs.get("position_ids") is not None:
@@ -66,6 +67,8 @@ def in_waves(
             waves[:0] = [([rows[i] for i in places], progress.ids[places], seen[places]) for places in parts]
         else:
             ended |= dict(zip(rows, result, strict=True))
+        finally:
+            cache.state.divides = False
     pad: Any = config._pad_token_tensor
     return torch.nn.utils.rnn.pad_sequence(
         [ended[row] for row in range(len(ids))], batch_first=True, padding_value=0 if pad is None else int(pad)
