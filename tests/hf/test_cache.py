@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import torch_paged
 
+from .counting import count_calls
 from .models import batch, generate, tiny
 
 
@@ -62,6 +63,23 @@ def test_edits_match_dynamic_cache() -> None:
     assert paged.stats().blocks_used == 0
     _update(both, rows=1, width=3, seed=4)
     _same(stock, paged)
+
+
+def test_crop_and_reorder_move_no_byte() -> None:
+    """Table edits: not one op runs, and the blocks behind the crop are free."""
+    model = tiny("llama")
+    with torch.no_grad(), torch_paged.paged(model, block_size=4):
+        cache = torch_paged.PagedCache(model.config, block_size=4)
+        model(**batch([21, 9]), past_key_values=cache)
+        assert cache.stats().blocks_used == 6 + 3
+        with count_calls() as calls:
+            cache.crop(-5)
+            assert cache.stats().blocks_used == 4 + 1
+            cache.crop(0)
+            cache.reorder_cache(torch.tensor([0, 0]))
+            assert (cache.stats().blocks_used, cache.stats().blocks_shared) == (4, 4)
+    assert not any(name.startswith("paged.") for name in calls) and calls["gather"] == 0
+    assert not {"aten.copy_", "aten.index_select", "aten.cat"} & set(calls)
 
 
 def test_bad_edits() -> None:

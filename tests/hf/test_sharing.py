@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 import torch_paged
+from torch_paged.memory import Pool
 
 from .counting import count_tokens
 from .models import assert_same_tokens, batch, generate, tiny
@@ -44,6 +47,25 @@ def test_samples_hold_the_prompts_blocks_once() -> None:
         assert stats.waste == pytest.approx(1 - (32 + 48) / 96)
         del out
         assert handle.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
+@pytest.mark.parametrize(("length", "copies"), [(32, 0), (34, 3)])
+def test_a_partly_filled_tail_is_copied_when_its_rows_diverge(name: str, length: int, copies: int) -> None:
+    """Once for all rows but one, which keeps it, in each group of layers; a full block is never copied."""
+    model, copied = tiny(name), 0
+    copy_blocks = Pool.copy_blocks
+
+    def counted(self: Pool, block_mapping: Any) -> None:
+        nonlocal copied
+        copied += len(block_mapping)
+        copy_blocks(self, block_mapping)
+
+    with torch_paged.paged(model, block_size=8), mock.patch.object(Pool, "copy_blocks", counted):
+        generate(model, batch([length]), num_return_sequences=4, do_sample=True, max_new_tokens=1, eos_token_id=None)
+        assert copied == 0, "nothing is written behind the prompt"
+        generate(model, batch([length]), num_return_sequences=4, do_sample=True, max_new_tokens=NEW, eos_token_id=None)
+    assert copied == copies * (1 + (name == "qwen2-sliding"))
 
 
 def test_beams_copy_only_partly_filled_tails() -> None:
