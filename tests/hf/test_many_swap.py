@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import torch_paged
 from torch_paged import GenerationRequest, GenerationResult, NewTokens, PagedHandle, PoolExhausted, generate_many
+from torch_paged.hf.many.batch import Batch
 
 from .counting import count_tokens
 from .many import BLOCK, BLOCK_BYTES, OPTIONS, admitting_all, assert_answer, prompts, results, run
@@ -250,3 +253,24 @@ def test_the_wait_of_a_preempted_request_counts_as_latency() -> None:
     stats = many.stats()
     assert stats.preemptions == 1
     assert sum(map(len, many._engine.counts.latencies)) == stats.new_tokens - 2
+
+
+def test_what_was_swapped_out_of_a_released_cache_is_not_counted() -> None:
+    """The blocks that the row shared are held for nobody who could have it back."""
+    model = tiny("llama")
+    with torch_paged.paged(model, block_size=BLOCK) as handle:
+        batch = Batch(model, handle, 2)
+        sequence: Any = SimpleNamespace(swapped=None, prefixes=None)
+
+        def store() -> None:
+            batch.run(np.array([9, 0]), prompts([9])[0], np.array([1, 0]))
+
+        with torch.no_grad():
+            store()
+            batch.cache.state.copy_rows([(1, 0, 9)])
+            sequence.swapped = batch.swap_out(0)
+            assert list(batch.held_of(sequence).values()) == [3]
+            batch.cache.reset()
+            store()
+            assert batch.held_of(sequence) == {}
+        batch.close()

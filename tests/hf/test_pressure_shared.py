@@ -95,3 +95,29 @@ def test_a_row_that_never_fits_is_an_error_still() -> None:
         generate(model, inputs, **OPTIONS)
     assert counts["out"] > 0
     assert_nothing_held(handle)
+
+
+def test_what_was_swapped_out_of_a_released_cache_is_computed_again() -> None:
+    """A row that waits alone for other threads leaves the cache empty, which gives its groups up."""
+    stock, inputs = tiny("llama"), batch([17, 17])
+    model = twin(stock)
+    handle = small(model, 10)
+    step, released = Turns._step, 0
+
+    def releases(self: Turns) -> None:
+        nonlocal released
+        if self._swapped and not released:
+            released += 1
+            for row in [row for each in self._running.values() for row in each.rows]:
+                self._preempt(row)
+                self._swapped.pop(row, None)
+            self._cache.reset()
+            self._cache.state.num_seqs = len(self._pads)
+            self._admit()
+        step(self)
+
+    with mock.patch.object(Turns, "_step", releases), counted() as counts:
+        actual = generate(model, inputs, **OPTIONS)
+    assert_same_tokens(stock, generate(stock, inputs, **OPTIONS), actual, inputs)
+    assert released == 1 and counts["preempted"] > 1
+    assert_nothing_held(handle)

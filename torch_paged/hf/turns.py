@@ -186,6 +186,9 @@ class Turns:
         while self._waiting:
             row = self._waiting[0]
             active = sum(len(each.rows) for each in self._running.values())
+            if row in self._swapped and not self._swapped[row].is_of(self._groups()):
+                # The cache has been released since: nobody else held anything.
+                del self._swapped[row]
             beginning = Beginning()
             if row not in self._swapped:
                 beginning = self._beginnings.of(row, (other for each in self._running.values() for other in each.rows))

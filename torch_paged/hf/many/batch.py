@@ -144,8 +144,9 @@ class Batch:
 
     def held_of(self, sequence: Sequence) -> dict[Pool, int]:
         """How many blocks of each pool the sequence will begin with that are held anyway, now that it waits."""
-        if sequence.swapped is not None:
-            return {group.pool: sequence.swapped.num_kept(group) for group in self.cache.state.groups.values()}
+        groups = self.cache.state.groups.values()
+        if sequence.swapped is not None and sequence.swapped.is_of(groups):
+            return {group.pool: sequence.swapped.num_kept(group) for group in groups}
         if sequence.prefixes is None:
             return {}
         _, of_pools = sequence.prefixes.find(self.model, self.cache.state, sequence.tokens)
