@@ -335,3 +335,23 @@ def test_requests_wait_for_a_call_beside_them() -> None:
     for number, prompt in enumerate(asked):
         requests.assert_answer(stock, prompt, answers[0][number], **options)
     assert handle.stats().blocks_used == 0
+
+
+def test_a_request_that_waited_in_vain_ends_with_its_error() -> None:
+    """The other call is over, and somebody keeps what it returned."""
+    stock = tiny("llama")
+    model = twin(stock)
+    handle = small(model, 12)
+    asked = requests.prompts([25, 9])
+    options = requests.OPTIONS | {"eos_token_id": None}
+    with (
+        mock.patch.object(line.Line, "has_others", True),
+        mock.patch.object(line.Line, "is_first", False),
+        mock.patch.object(line.Line, "wait", lambda *_, **__: False),
+    ):
+        kept = generate(model, batch([21]), max_new_tokens=2, return_dict_in_generate=True)
+        answers, _ = requests.run(model, asked, max_num_seqs=1, **options)
+    assert isinstance(answers[0].error, PoolExhausted)
+    requests.assert_answer(stock, asked[1], answers[1], **options)
+    del kept
+    assert handle.stats().blocks_used == 0

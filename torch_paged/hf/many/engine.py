@@ -272,8 +272,11 @@ class Engine:
         elif len(used) > 1 and self._preempts:
             self._room.preempted()
             self._placement.preempt(youngest)
-        elif len(used) > 1 or not (self._placement.forget_kept() or self._wait(youngest)):
-            self._end(self._rows.sequence(youngest), "error", error.with_traceback(None))
+        else:
+            # It loses its row where it waits.
+            sequence = self._rows.sequence(youngest)
+            if len(used) > 1 or not (self._placement.forget_kept() or self._wait(youngest)):
+                self._end(sequence, "error", error.with_traceback(None))
 
     def _wait(self, row: int) -> bool:
         """Wait until calls of other threads have freed blocks for the only row that runs; False if none can.
