@@ -107,6 +107,17 @@ def test_weights_are_followed(made: list[str]) -> None:
     assert made == []
 
 
+@pytest.mark.parametrize(("dtype", "copies"), [
+    (torch.float32, []), (torch.bfloat16, ["packed_weights", "merged_weights"]),
+])  # fmt: skip
+@torch.no_grad()
+def test_a_prefill_in_float32_keeps_no_copy_of_weights(dtype: torch.dtype, copies: list[str], made: list[str]) -> None:
+    model = Two(dtype)
+    x = torch.randn(65, 6, dtype=dtype)
+    torch.testing.assert_close(torch.compile(model, backend="torch_paged")(x), model(x))
+    assert made == copies
+
+
 @torch.no_grad()
 def test_weights_are_packed_once_for_all_graphs(made: list[str]) -> None:
     model = Two()

@@ -63,8 +63,9 @@ def freeze_projections(
     merged = packed = 0
     for layers in _sharing_an_input(graph.graph, places, inputs):
         for group in [layers] if options.merge_projections else [[layer] for layer in layers]:
-            pack = options.prepack and _packs(group[0], inputs[places[group[0].weight]])
-            if not pack and len(group) == 1:
+            weight = inputs[places[group[0].weight]]
+            pack = options.prepack and _packs(group[0], weight)
+            if not pack and (len(group) == 1 or not _merges(group[0], weight)):
                 continue
             _replace(graph, group, pack, places, inputs, derived)
             merged += len(group) if len(group) > 1 else 0
@@ -163,8 +164,16 @@ def _splits(group: list[_Layer]) -> bool:
 def _packs(layer: _Layer, weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    rows = math.prod(_hint(size) for size in _value(layer.rows).shape[:-1])
-    return weight.dtype != torch.float32 or rows <= _MAX_FLOAT32_ROWS
+    return weight.dtype != torch.float32 or _num_rows(layer) <= _MAX_FLOAT32_ROWS
+
+
+def _merges(layer: _Layer, weight: Tensor) -> bool:
+    """Whether unpacked layers gain by merging what a second copy of their weights costs: not the prefill of a CPU."""
+    return weight.device.type != "cpu" or _num_rows(layer) <= _MAX_FLOAT32_ROWS
+
+
+def _num_rows(layer: _Layer) -> int:
+    return math.prod(_hint(size) for size in _value(layer.rows).shape[:-1])
 
 
 def _replace(

@@ -25,7 +25,8 @@ from torch_paged.hf.step_cache import StepView
 if TYPE_CHECKING:
     from torch_paged.hf.cache import PagedCache
 
-# Graphs of one model: decode steps of one row and of several, each with and without autograd's modes and autocast.
+# Graphs of one model: prefills, decode steps of one row and of several, each with and without autograd's modes and
+# autocast.
 _RECOMPILE_LIMIT = 64
 
 
@@ -33,30 +34,30 @@ class Compiled:
     """How packed passes of one patched model are compiled.
 
     A pass sees a StepCache instead of the PagedCache: its tables, slots and lengths are tensors that our eager code
-    makes before it. Decode steps of one row are a graph, those of two rows and more another: sizes above one are
-    symbols, so that neither longer sequences nor rows that leave compile anything. Tables, slots and lengths are made
-    anew for each pass and so not marked static: CUDA graphs copy them, some kilobytes, into memory of their own, and
-    would be captured again for every new address.
+    makes before it. Decode steps of one row are a graph, those of two rows and more another, passes with more tokens of
+    a row, prefills and chunks beside decode steps, a third. Sizes above one are symbols, so that neither longer
+    sequences nor rows that leave compile anything. Tables, slots and lengths are made anew for each pass and so not
+    marked static: CUDA graphs copy them, some kilobytes, into memory of their own, and would be captured again for
+    every new address.
 
     Args:
         run: the model's stock call as `run(model, base, inputs)`, which compiles what it runs.
-        decode_only: passes with more than one token of a row are not compiled.
         tell: called with the reason, where a pass cannot be compiled.
     """
 
-    def __init__(self, run: Callable[..., Any], *, decode_only: bool, tell: Callable[[str], None]) -> None:
-        self._run, self.decode_only, self.tell = run, decode_only, tell
+    def __init__(self, run: Callable[..., Any], tell: Callable[[str], None]) -> None:
+        self._run, self.tell = run, tell
         self._failed = False
         # What each layer stores, as an uncompiled pass has shown.
         self._layers: list[GroupKey] | None = None
 
     @classmethod
     def by(cls, options: dict[str, Any], tell: Callable[[str], None]) -> Compiled:
-        """Decode steps compiled by `torch.compile(**options)`."""
+        """Passes compiled by `torch.compile(**options)`."""
         step = _own_step()
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": _RECOMPILE_LIMIT} | options
-        return cls(torch.compile(step, **({"fullgraph": True} | options)), decode_only=True, tell=tell)
+        return cls(torch.compile(step, **({"fullgraph": True} | options)), tell=tell)
 
     @staticmethod
     def of(model: PreTrainedModel) -> Compiled | None:
@@ -67,20 +68,17 @@ class Compiled:
     @classmethod
     def of_user(cls, tell: Callable[[str], None]) -> Compiled:
         """Every pass, by what the user has compiled of the model."""
-        return cls(_step, decode_only=False, tell=tell)
+        return cls(_step, tell=tell)
 
     @classmethod
     def under(cls, callback: Any, tell: Callable[[str], None]) -> Compiled:
         """Every pass, by the `torch.compile` that is around the call: `callback` of `around.compiling_around`."""
-        return cls(functools.partial(run_compiled, callback, _own_step()), decode_only=False, tell=tell)
+        return cls(functools.partial(run_compiled, callback, _own_step()), tell=tell)
 
     def takes(self, call: Call) -> bool:
         """Whether the pass `call`, native and packed or to be packed, is one to compile."""
-        if self._failed or call.deterministic or torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
-            return False
-        if int(call.num_tokens.max(initial=0)) > 1:
-            return not self.decode_only
-        return True
+        plain = not call.deterministic and not torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+        return plain and not self._failed
 
     def saw(self, cache: PagedCache) -> None:
         """An uncompiled native pass over `cache` is done: its masks and windows are what our attention does."""

@@ -42,8 +42,8 @@ class PagedConfig:
         max_num_seqs: sequences of generate_many that run at once, at most, unless the call says otherwise.
         max_num_batched_tokens: tokens of one forward pass of generate_many, at most, likewise; at least `max_num_seqs`.
         deterministic: what a request of generate_many gets does not depend on what else runs, likewise.
-        compile: compile decode steps: True with the backend "torch_paged", or a dict of arguments of `torch.compile`.
-            Prefills, whose sizes vary, run uncompiled.
+        compile: compile prefills and decode steps: True with the backend "torch_paged", or a dict of arguments of
+            `torch.compile`.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
