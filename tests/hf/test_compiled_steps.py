@@ -132,6 +132,24 @@ def test_rows_that_leave_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert graphs.compiled == 2 and graphs.runs == len(steps)
 
 
+def test_caches_stay_where_they_are() -> None:
+    """CUDA graphs copy inputs that are not marked so, and take no graph that writes them."""
+    model = tiny("llama")
+    static: list[tuple[int, ...]] = []
+
+    def looking(graph: Any, inputs: Any) -> Any:
+        for node in graph.graph.find_nodes(op="placeholder"):
+            value = node.meta.get("example_value")
+            if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.dim() == 4:
+                assert node.meta["tensor_dict"]["_dynamo_static_input_type"] == "unguarded"
+                static.append(tuple(value.shape[1:]))
+        return graph.forward
+
+    torch_paged.patch(model, compile={"backend": looking}, block_size=4)
+    generate(model, RAGGED, max_new_tokens=3)
+    assert static == [(4, 2, 16)] * 2 * 3
+
+
 def test_steps_on_a_gpu_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph is captured for each combination of rows and table width; here on a CPU, where none is."""
     model = tiny("llama")
