@@ -38,7 +38,7 @@ def repack() -> None:
 
     Needed after weights were written behind PyTorch's back: through `.data`, as PEFT merges adapters, or by a kernel
     of one's own. `load_state_dict`, steps of optimizers, `.to()` and assignments are noticed without, and what
-    `repack_if_written` finds in each compiled `generate`.
+    `repack_if_written` finds in the first compiled pass over a cache.
     """
     _forget(lambda entry: True)
 

@@ -198,9 +198,10 @@ class Line:
 
     def _may_go(self, place: Place) -> bool:
         assert place.enough is not None
-        if place.tried is not None and self._free_bytes() <= place.tried:
+        # Also settles what finalizers have freed, which `enough` then counts.
+        free = self._free_bytes()
+        if place.tried is not None and free <= place.tried:
             return False  # it was not enough, whatever was thought
-        self._free_bytes()
         return place.enough() and not any(
             other.enough is not None and other.number < place.number for other in self._others(place)
         )
