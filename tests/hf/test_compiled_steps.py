@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import ReinplaceCounters, counters
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, LogitsProcessorList, PreTrainedModel
 
 import torch_paged
 from torch_paged.hf import compiled
@@ -66,6 +67,39 @@ def test_blocks_come_back_without_the_cycle_collector() -> None:
         assert handle.stats().blocks_used == 0 < handle.stats().peak_bytes
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"compile": False}])
+def test_blocks_come_back_where_frames_are_kept(options: dict[str, Any]) -> None:
+    """As Dynamo keeps those of errors that it caught, in cycles: each refers to its callers, and these to the cache."""
+    frames: list[Any] = []
+
+    def keeping(graph: Any, inputs: Any) -> Any:
+        frames.append(sys._getframe())
+        return graph.forward
+
+    def looking(ids: Tensor, scores: Tensor) -> Tensor:
+        frames.append(sys._getframe())
+        return scores
+
+    model = tiny("llama")
+    stock = twin(model)
+    compiles = options.pop("compile", True)
+    handle = torch_paged.patch(model, compile={"backend": keeping} if compiles else False, block_size=4)
+    if not compiles:
+        options["logits_processor"] = LogitsProcessorList([looking])
+    actual = generate(model, RAGGED, **options)
+    assert frames and handle.stats().blocks_used == 0 < handle.stats().peak_bytes
+    assert_same_tokens(stock, generate(stock, RAGGED, **options), actual, prompt=RAGGED)
+    # Who gets the cache, or may keep it, keeps its blocks.
+    result = generate(model, RAGGED, return_dict_in_generate=True, **options)
+    held = handle.stats().blocks_used
+    assert held > 0 and result.past_key_values.get_seq_length() > 20
+    caches: list[Any] = []
+    hook = model.model.register_forward_hook(lambda module, args, outputs: caches.append(outputs.past_key_values))
+    generate(model, RAGGED, **options)
+    hook.remove()
+    assert caches[-1].get_seq_length() > 20 and handle.stats().blocks_used > held
 
 
 def test_every_decode_step_runs_compiled() -> None:

@@ -231,9 +231,7 @@ class PagedHandle:
             yield generation
         except BaseException:
             # The traceback keeps the frames, and with them the caches, alive.
-            for reference in generation.created:
-                if (cache := reference()) is not None:
-                    cache.reset()
+            generation.release()
             raise
         else:
             if outer is not None and outer.assisted_by(self._model()):
@@ -273,6 +271,16 @@ class Generation:
             rows = sequence_rows(cache.state, sequences) if isinstance(sequences, Tensor) else None
             if rows is not None and cache.state.prefixes is not None:
                 cache.state.prefixes.remember(model, cache.state, rows)
+
+    def release(self) -> None:
+        """Give back the blocks of its caches, which nobody is given.
+
+        They do not die with the call where something keeps one of its frames: errors that Dynamo caught and keeps in
+        cycles, or a debugger.
+        """
+        for reference in self.created:
+            if (cache := reference()) is not None:
+                cache.reset()
 
     def end(self) -> None:
         """It waits for no blocks any more, and holds none that would come free."""

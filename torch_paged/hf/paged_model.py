@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import CompileConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache
 
@@ -53,6 +54,9 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             with handle.generation(assistant) as generation:
                 result = base.generate(self, *args, **kwargs)
                 generation.remember(self, result)
+                # Who gets a dict gets the cache; a loop or a hook of the caller's own may keep it.
+                if isinstance(result, Tensor) and not named.get("custom_generate") and not has_row_hooks(self):
+                    generation.release()
                 return result
 
         def _prepare_cache_for_generation(
