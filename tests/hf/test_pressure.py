@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 import torch_paged
 from torch_paged import PagedHandle, PoolExhausted
@@ -19,7 +18,7 @@ from torch_paged.hf import turns
 from torch_paged.memory import Pool
 
 from .counting import count_tokens
-from .models import EOS, VOCAB, assert_same_tokens, batch, generate, tiny, twin
+from .models import VOCAB, assert_same_tokens, batch, generate, tiny, twin
 from .raising import Raises
 from .swaps import no_memory_after
 from .test_threads import in_threads
@@ -285,35 +284,3 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
         actual = generate(model, inputs | {"attention_mask": mask.to(dtype)}, max_new_tokens=NEW, eos_token_id=None)
     assert_same_tokens(stock, expected, actual, inputs)
     assert counts["preempted"] > 0 == handle.stats().blocks_used
-
-
-@pytest.mark.parametrize("kind", ["guidance", "mask"])
-def test_what_cannot_be_divided_runs_out_of_blocks(kind: str) -> None:
-    """Guidance decodes rows of its own; a mask of more columns than the prompt has means what only stock knows."""
-    model, inputs = tiny("llama"), batch(LENGTHS)
-    options: dict[str, Any] = {"guidance_scale": 1.5} if kind == "guidance" else {}
-    if kind == "mask":
-        inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
-    handle = small(model, 15)
-    with pytest.raises(PoolExhausted):
-        generate(model, inputs, max_new_tokens=NEW, eos_token_id=None, **options)
-    assert handle.stats().blocks_used == 0
-
-
-class _Streamer(BaseStreamer):  # type: ignore[misc]
-    def put(self, value: Any) -> None: ...
-
-    def end(self) -> None: ...
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [{"return_dict_in_generate": True, "output_scores": True}, {"streamer": _Streamer()}],
-    ids=["scores", "streamer"],
-)
-def test_what_needs_all_rows_at_once_is_refused(kwargs: dict[str, Any]) -> None:
-    model = tiny("llama")
-    handle = small(model, 15)
-    with pytest.raises(PoolExhausted):
-        generate(model, batch(LENGTHS), max_new_tokens=NEW, eos_token_id=EOS, **kwargs)
-    assert handle.stats().blocks_used == 0

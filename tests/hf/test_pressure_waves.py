@@ -102,15 +102,3 @@ def test_an_exception_in_a_wave_leaks_nothing(kwargs: dict[str, Any]) -> None:
     actual = generate(model, inputs, logits_processor=LogitsProcessorList([scores]), **options)
     expected = generate(stock, inputs, logits_processor=LogitsProcessorList([Scores()]), **options)
     assert torch.equal(actual, expected) and min(scores.rows) < len(expected) * kwargs.get("num_beams", 1)
-
-
-def test_recurrent_layers_keep_the_batch_whole() -> None:
-    """Their state is of all rows, and has gone on when blocks run out."""
-    stock = tiny("jamba")
-    model, inputs = twin(stock), batch(LENGTHS)
-    options: dict[str, Any] = dict(max_new_tokens=NEW, eos_token_id=None)
-    handle = small(model, peak_bytes(twin(stock), inputs, options) * 9 // 10 // BLOCK_BYTES)
-    with pytest.raises(PoolExhausted):
-        generate(model, inputs, **options)
-    assert handle.stats().blocks_used == 0
-    assert torch.equal(generate(model, batch([9]), **options), generate(stock, batch([9]), **options))

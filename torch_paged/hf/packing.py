@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -15,6 +14,7 @@ from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call
 from torch_paged.hf.family import family
 from torch_paged.hf.packed import Forward
+from torch_paged.hf.row_hooks import ROW_HOOKS, has_row_hooks
 
 # What a call may bring along and still be packed. Anything else that is not None may have a meaning per row or column.
 _ALLOWED = {
@@ -23,13 +23,10 @@ _ALLOWED = {
 }  # fmt: skip
 # Rotary frequencies that follow from the longest sequence of a call: packing and chunking change which that is.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-# The hooks of these look at no row: they move weights, ask for gradients or hand out outputs.
-_HOOKS_OF = ("torch.", "transformers.", "accelerate.", "deepspeed.", "peft.peft_model", "peft.utils.")
 # Their embeddings count positions from the padding token's id on, `generate` from zero.
 _OWN_POSITIONS = {
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"
 }  # fmt: skip
-ROW_HOOKS = "forward hooks of its modules may tell rows apart by their place in the batch"
 
 
 def pack_problem(forward: Forward, cache: PagedCache) -> str | None:
@@ -43,31 +40,18 @@ def pack_problem(forward: Forward, cache: PagedCache) -> str | None:
     return problem
 
 
-def has_row_hooks(model: nn.Module) -> bool:
-    """Whether code of others sees inputs or outputs of modules as they run, in which rows have their places.
+def rope_problem(model: PreTrainedModel, num_columns: int | None = None) -> str | None:
+    """Why rows cannot be computed beside others than the caller gave, or None.
 
-    So PEFT chooses an adapter for each row (`adapter_names`), and users steer or record activations.
+    Args:
+        num_columns: that the rows have at most, up to which frequencies may be the same for all lengths.
     """
-    return any(
-        not _module_of(hook).startswith(_HOOKS_OF)
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
-
-
-def sees_whole_batch(model: PreTrainedModel) -> str | None:
-    """Why rows cannot be computed beside fewer others than the caller gave, or None."""
-    if has_row_hooks(model):
-        return ROW_HOOKS
-    if _LENGTH_DEPENDENT_ROPE & set(_rope_types(model.config.to_dict())):
-        return "its rotary frequencies depend on the longest row of a call"
-    return None
-
-
-def _module_of(hook: Any) -> str:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return f"{hook.__module__}."
+    config = model.config.to_dict()
+    if not _LENGTH_DEPENDENT_ROPE & set(_rope_types(config)):
+        return None
+    if num_columns is not None and num_columns <= min(_original_lengths(config), default=0):
+        return None
+    return "its rotary frequencies depend on the longest row of a call"
 
 
 def _pack_problem(forward: Forward, cache: PagedCache) -> str | None:
@@ -76,7 +60,7 @@ def _pack_problem(forward: Forward, cache: PagedCache) -> str | None:
         return "the model computes its positions from columns"
     if not cache.all_paged:
         return "layers of another kind than keys and values read along the row"
-    return sees_whole_batch(model)
+    return ROW_HOOKS if has_row_hooks(model) else rope_problem(model)
 
 
 def with_positions(forward: Forward, cache: PagedCache, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -123,4 +107,13 @@ def _rope_types(config: Any) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _rope_types(value)
         elif name in ("rope_type", "type") and isinstance(value, str):
+            yield value
+
+
+def _original_lengths(config: Any) -> Iterator[int]:
+    """How many positions a config says that the model was trained for, also in its parts."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _original_lengths(value)
+        elif name in ("max_position_embeddings", "original_max_position_embeddings") and isinstance(value, int):
             yield value

@@ -22,11 +22,12 @@ from torch_paged.hf.decode_step import run_decode_step
 from torch_paged.hf.disguise import disguise
 from torch_paged.hf.leaving import beams_leaving, leaving, tell_of_beams
 from torch_paged.hf.packed import Forward
-from torch_paged.hf.packing import ROW_HOOKS, call_problem, has_row_hooks, pack_problem, with_positions
+from torch_paged.hf.packing import call_problem, pack_problem, with_positions
 from torch_paged.hf.prefill import keep_pads_of_empty_rows, prefill_once
 from torch_paged.hf.prefix_call import prompt_rows, run_behind_prefixes
 from torch_paged.hf.pressure import beam_search, sample, wait_for_others
 from torch_paged.hf.random_state import RandomState
+from torch_paged.hf.row_hooks import ROW_HOOKS, has_row_hooks
 from torch_paged.hf.support import Path, implementation_reason, training_reason
 from torch_paged.hf.unpadded import run_unpadded, saves_work
 from torch_paged.memory import PoolExhausted
@@ -159,7 +160,7 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
 
             decode = stock
             if not args and base._beam_search is GenerationMixin._beam_search:
-                decode = functools.partial(beam_search, stock, self, generation_config)
+                decode = functools.partial(beam_search, stock, handle, self, generation_config)
             return decode(input_ids, logits_processor, stopping_criteria, **kwargs)
 
         def unfinished(

@@ -151,7 +151,7 @@ class Turns:
                 continue
             each = each.take(whole)
             scores = logits[[at[row] for row in each.rows]].to(copy=True, dtype=torch.float32, device=each.ids.device)
-            scores = for_rows(self._processors, each.rows)(each.ids, scores)
+            scores = for_rows(self._processors, each.rows, len(self._pads))(each.ids, scores)
             if self._config.do_sample:
                 tokens = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
             else:

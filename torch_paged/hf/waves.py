@@ -55,7 +55,7 @@ def in_waves(
             if kwargs.get("position_ids") is not None:
                 counted = seen.cumsum(1) - begun[rows][:, None].to(seen)
                 given["position_ids"] = (counted * seen).clamp(min=0)
-            result = run(part, for_rows(processors, rows), progress, **given)
+            result = run(part, for_rows(processors, rows, len(ids)), progress, **given)
         except PoolExhausted:
             if len(rows) == 1:
                 raise

@@ -24,20 +24,36 @@ class PoolExhausted(RuntimeError):
         used: blocks in use, of all sequences and caches together.
         max_bytes: bytes that blocks may take, `max_memory`; 0 = no bound but the pool's own.
         device_full: the device has no memory left, less than `max_memory` though blocks take.
+        undivided: why fewer sequences at a time could not be tried; empty where they were, or nobody could.
     """
 
-    def __init__(self, needed: int, free: int, used: int = 0, max_bytes: int = 0, device_full: bool = False) -> None:
+    def __init__(
+        self,
+        needed: int,
+        free: int,
+        used: int = 0,
+        max_bytes: int = 0,
+        device_full: bool = False,
+        undivided: str = "",
+    ) -> None:
         bound = f" (now {max_bytes:,} bytes)" if max_bytes else ""
         remedy = "free memory on the device, which has none left" if device_full else f"raise max_memory{bound}"
         super().__init__(
             f"out of KV blocks: {needed} needed, {free} free, {used} in use; {remedy}, run fewer or "
             "shorter sequences at once, or delete the past_key_values that earlier calls returned"
+            + (undivided and f" (all rows are needed at once: {undivided})")
         )
         self.needed, self.free, self.used, self.max_bytes = needed, free, used, max_bytes
-        self.device_full = device_full
+        self.device_full, self.undivided = device_full, undivided
+
+    def because(self, undivided: str) -> "PoolExhausted":
+        """The same, which says why fewer sequences at a time were not tried."""
+        return type(self)(self.needed, self.free, self.used, self.max_bytes, self.device_full, undivided)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.needed, self.free, self.used, self.max_bytes, self.device_full)
+        return type(self), (
+            self.needed, self.free, self.used, self.max_bytes, self.device_full, self.undivided,
+        )  # fmt: skip
 
 
 class Backing(Protocol):

@@ -1,0 +1,181 @@
+"""Sub-batches: decoding that begins anew with half of the rows whenever blocks run out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+
+from torch_paged.hf.chosen import Chosen
+from torch_paged.hf.fresh_cache import FreshCache
+from torch_paged.hf.joined import joined, sequences_of
+from torch_paged.hf.progress import Progress
+from torch_paged.hf.row_by_row import as_they_are, end_alone, for_rows
+from torch_paged.hf.row_hooks import hooks_of
+from torch_paged.hf.row_inputs import inputs_of
+from torch_paged.memory import PoolExhausted
+
+
+@dataclass
+class Part:
+    """Rows that decode together.
+
+    Attributes:
+        chosen: int64 `[rows, columns]`, their prompts and the tokens that they have got already, and get again.
+    """
+
+    rows: range
+    chosen: Tensor | None = None
+
+    def halves(self, unit: int) -> list[Part]:
+        half = len(self.rows) // unit // 2 * unit
+        first, second = slice(half), slice(half, None)
+        return [
+            Part(self.rows[each], None if self.chosen is None else self.chosen[each]) for each in (first, second)
+        ]  # fmt: skip
+
+
+class SubBatches:
+    """One decoding loop of stock, over all rows or over contiguous parts of them, each from its beginning to its end.
+
+    What a row gets does not depend on the rows beside it, so that greedy tokens are those of the whole batch.
+
+    Args:
+        run: `_sample` or `_beam_search` of the model's stock class, bound.
+        inputs: of `run`, besides `input_ids`, processors and criteria; with an empty cache.
+        tell: called when rows are divided.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        inputs: dict[str, Any],
+        tell: Callable[[], None],
+    ) -> None:
+        self._run, self._model, self._ids, self._inputs = run, model, input_ids, inputs
+        self._processors, self._criteria, self._tell = as_they_are(processors), criteria, tell
+        self._fresh, self._used = FreshCache(inputs["past_key_values"]), False
+
+    def sample(self, config: GenerationConfig, chosen: Tensor | None = None, streamer: Any = None) -> Any:
+        """`_sample`.
+
+        Args:
+            streamer: of the first try, in which all rows run.
+            chosen: int64 `[rows, columns]`, the prompts and what was chosen for them already, by a loop that failed.
+
+        Returns: sequences or an output of stock's, as `joined` joins them.
+
+        Raises:
+            PoolExhausted: one row alone does not fit.
+        """
+        self._streamer = streamer
+        done = self._run_parts([Part(range(len(self._ids)), chosen)], 1, self._sample_part)
+        if len(done) > 1 and not end_alone(self._criteria):
+            done = self._go_on(done)
+        pad: Any = config._pad_token_tensor
+        return self._joined(done, 0 if pad is None else int(pad))
+
+    def beam_search(self, config: GenerationConfig) -> Any:
+        """`_beam_search`; raises PoolExhausted where the beams of one prompt do not fit."""
+        parts = [Part(range(len(self._ids)))]
+        return self._joined(self._run_parts(parts, config.num_beams, self._beam_part), _beam_fill(config))
+
+    def _run_parts(self, waiting: list[Part], unit: int, run: Callable[[Part], Any]) -> list[tuple[Part, Any]]:
+        """What each part gave, in their order."""
+        done: list[tuple[Part, Any]] = []
+        state = self._fresh.paged.state
+        while waiting:
+            part = waiting.pop(0)
+            if self._used:
+                self._begin_anew()
+            self._used, state.divides = True, len(part.rows) > unit
+            try:
+                with hooks_of(self._model, part.rows, len(self._ids)):
+                    done.append((part, run(part)))
+                continue
+            except PoolExhausted as error:
+                exhausted = error.with_traceback(None)
+            finally:
+                state.divides = False
+            self._begin_anew()
+            if len(part.rows) > unit:
+                self._tell()
+                waiting[:0] = part.halves(unit)
+            elif self._fresh.wait():
+                waiting[:0] = [part]
+            else:
+                raise exhausted
+        return done
+
+    def _begin_anew(self) -> None:
+        self._inputs = self._inputs | {"past_key_values": self._fresh.again()}
+
+    def _go_on(self, done: list[tuple[Part, Any]]) -> list[tuple[Part, Any]]:
+        """All parts as long as the longest: stock goes on with rows that have ended until all have."""
+        width = max(sequences_of(result).shape[1] for _, result in done)
+        limits = [each for each in self._criteria if isinstance(each, MaxTimeCriteria)]
+        if any(bool(limit(self._ids, None).any()) for limit in limits):
+            return done
+        self._criteria = StoppingCriteriaList([MaxLengthCriteria(width), *limits])
+        longer: list[tuple[Part, Any]] = []
+        for part, result in done:
+            if (sequences := sequences_of(result)).shape[1] < width:
+                longer += self._run_parts([Part(part.rows, sequences)], 1, self._sample_part)
+            else:
+                longer.append((part, result))
+        return longer
+
+    def _sample_part(self, part: Part) -> Any:
+        processors, chosen = self._processors_of(part.rows), None
+        if part.chosen is not None:
+            chosen = Chosen(part.chosen)
+            processors.append(chosen)
+        ids = self._ids[part.rows.start : part.rows.stop]
+        progress = Progress(self._criteria, ids, chosen)
+        try:
+            streaming = {} if self._streamer is None else {"streamer": self._streamer}
+            self._streamer = None
+            result = self._run(ids, processors, progress, **streaming, **self._inputs_of(part.rows))
+        except PoolExhausted:
+            if part.chosen is None or progress.ids.shape[1] > part.chosen.shape[1]:
+                part.chosen = progress.ids
+            raise
+        if chosen is not None and getattr(result, "scores", None) is not None:
+            result.scores = chosen.seen(result.scores)
+        return result
+
+    def _beam_part(self, part: Part) -> Any:
+        ids = self._ids[part.rows.start : part.rows.stop]
+        return self._run(ids, self._processors_of(part.rows), self._criteria, **self._inputs_of(part.rows))
+
+    def _processors_of(self, rows: range) -> LogitsProcessorList:
+        return for_rows(self._processors, rows, len(self._ids))
+
+    def _inputs_of(self, rows: range) -> dict[str, Any]:
+        return inputs_of(self._inputs, rows, len(self._ids))
+
+    def _joined(self, done: list[tuple[Part, Any]], fill: int) -> Any:
+        if len(done) > 1:
+            self._begin_anew()
+        return joined([result for _, result in done], [len(part.rows) for part, _ in done], fill)
+
+
+def _beam_fill(config: GenerationConfig) -> int:
+    """What stock has behind the end of a sequence."""
+    pad: Any = config._pad_token_tensor
+    eos: Any = config._eos_token_tensor
+    return -1 if eos is None else int(pad or eos[0])
