@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 
+from tests.hf.graphs import Graphs, fresh_dynamo
+from torch_paged import PagedConfig
+from torch_paged.cli.bench import generate_ways
 from torch_paged.cli.bench.generate_cases import NAMES, GenerateCase, Sizes, cases
 from torch_paged.cli.bench.generate_result import CaseResult, WayResult, notes, table
 from torch_paged.cli.bench.generate_ways import Run, _Clock
@@ -98,6 +101,27 @@ def test_kv_bytes_by_hand(report):
     # The prompt fills five blocks; each sample has its own sixth.
     assert found["samples"]["torch_paged"] == (5 + 4) * block
     assert 6 * block < found["beams"]["torch_paged"] <= (5 + 3) * block
+
+
+def test_a_compiled_way_compiles_before_it_is_timed(tmp_path, monkeypatch):
+    graphs, compiled = Graphs(), []
+
+    class Noting(_Clock):
+        def __init__(self, *args):
+            super().__init__(*args)
+            compiled.append(graphs.compiled)
+
+    monkeypatch.setattr(generate_ways, "_Clock", Noting)
+    monkeypatch.setattr(PagedConfig, "compile_options", {"backend": graphs})
+    with fresh_dynamo():
+        report = run_json(tmp_path, "--ways", "dynamic", "paged-compiled", "--cases", "ragged", "--rounds", "2")
+    (result,) = report["results"]
+    ours = result["ways"]["torch_paged, compile=True"]
+    assert ours["same_tokens"] is True and ours["prefill_tokens"] == result["prompt_tokens"]
+    # A call of stock's, then of ours: steps of several rows in the first, a prefill in the second, steps of a row in
+    # the third, and nothing in the two rounds of both.
+    assert compiled == [0, 0, 1, 2, 3, 3, 3, 3] and graphs.compiled == 3
+    assert ours["warm_up_s"] > 0 and graphs.runs > 0
 
 
 def test_a_chat_over_a_system_prompt_computes_it_once(report):
@@ -219,12 +243,14 @@ def test_cases_are_what_their_names_say():
 
 
 def test_rows_end_with_their_wishes():
-    clock = _Clock(GenerateCase("two", [[1, 2, 3], [4]], [1, 3]), width=3, start=0.0)
+    clock = _Clock(GenerateCase("two", [[1, 2, 3], [4]], [1, 3]), width=3, start=0.0, computed=lambda: 7)
     assert [clock(torch.ones(2, 3 + step), None).tolist() for step in (1, 2, 3)] == [[1, 0], [1, 0], [1, 1]]
     # Beams are more rows than prompts; max_new_tokens ends them.
-    beams = _Clock(GenerateCase("beams", [[1, 2, 3]], [1], options={"num_beams": 2}), width=3, start=0.0)
+    beams = _Clock(
+        GenerateCase("beams", [[1, 2, 3]], [1], options={"num_beams": 2}), width=3, start=0.0, computed=lambda: 3
+    )
     assert beams(torch.ones(2, 4), None).tolist() == [0, 0]
-    assert len(clock.marks) == 3 and clock.marks == sorted(clock.marks)
+    assert clock.prefill_tokens == 7 and len(clock.marks) == 3 and clock.marks == sorted(clock.marks)
 
 
 def test_a_difference_is_shown():

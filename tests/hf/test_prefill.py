@@ -70,8 +70,10 @@ def test_equal_rows_anywhere_are_computed_once(name: str, max_prefill_tokens: in
     model, first, second = tiny(name), prompt(21, 1), prompt(9, 2)
     inputs = rows_of([first, second, first, first, second])
     expected = generate(model, inputs, do_sample=True, **NEW)
-    with torch_paged.paged(model, block_size=4, max_prefill_tokens=max_prefill_tokens), count_tokens(model) as tokens:
+    knobs = dict(block_size=4, max_prefill_tokens=max_prefill_tokens)
+    with torch_paged.paged(model, **knobs) as handle, count_tokens(model) as tokens:
         actual = generate(model, inputs, do_sample=True, **NEW)
+        assert handle.stats().tokens_computed == sum(tokens)
     assert_same_tokens(model, expected, actual, prompt=inputs)
     assert sum(tokens[:-4]) == 21 + 9
     assert tokens[-4:] == [5] * 4
@@ -163,6 +165,8 @@ def test_a_pass_that_fails_takes_back_those_before_it(name: str) -> None:
         calls: list[int] = []
         with pytest.raises(KeyError, match="third pass"), mock.patch.object(embedding, "forward", fail):
             model(**turn, past_key_values=cache)
+        # The first turn, and two passes of the second: the third does not count.
+        assert cache.stats().tokens_computed == 29 + 2 * 10
         assert (cache.state.seq_lens.tolist(), cache.get_seq_length()) == (lengths, 20)
         # What no later token sees through the window may be gone.
         assert cache.stats().blocks_used == used if name == "llama" else cache.stats().blocks_used <= used

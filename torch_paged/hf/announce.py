@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,8 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
             cache.announce(call)
         yield
         whole = True
+        if cache is not None and call is not None:
+            cache.state.pools.count(math.prod(call.input_shape))
     except BaseException:
         if cache is not None and call is not None:
             cache.rollback(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ class Pools:
     Attributes:
         lock: of all budgets: what is remembered of a prefix must be there on every device.
         line: the calls that use them.
+        tokens_computed: of all forward passes so far that came to their end.
     """
 
     def __init__(self, config: PagedConfig) -> None:
@@ -40,6 +42,7 @@ class Pools:
         self._budgets: dict[torch.device, MemoryBudget] = {}
         self._pools: dict[tuple[GroupKey, int], Pool] = {}
         self.line = Line(self.lock, self.free_bytes)
+        self.tokens_computed = 0
 
     def get(self, key: GroupKey, num_layers: int) -> Pool:
         """The pool of a group; `num_layers` is how many layers at most will share its blocks."""
@@ -98,7 +101,14 @@ class Pools:
         return all(needed[budget] <= nbytes for budget, nbytes in available.items())
 
     def stats(self) -> PoolStats:
-        return PoolStats.total([pool.stats() for pool in self._snapshot()])
+        return replace(
+            PoolStats.total([pool.stats() for pool in self._snapshot()]), tokens_computed=self.tokens_computed
+        )
+
+    def count(self, num_tokens: int) -> None:
+        """A forward pass has computed so many tokens."""
+        with self._lock:
+            self.tokens_computed += num_tokens
 
     def reset_peak(self) -> None:
         for pool in self._snapshot():

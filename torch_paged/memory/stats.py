@@ -15,6 +15,8 @@ class PoolStats:
         blocks_free: blocks that can be allocated now; less than total - used where other pools use up the same budget.
         prefix_hits: rows that began with remembered blocks, since the patch.
         prefix_tokens_saved: tokens in those blocks, which were not prefilled.
+        tokens_computed: tokens that forward passes have computed, prompts and decode steps, since the patch; with
+            padding and finished rows where a pass has them.
         blocks_cached: blocks that only the prefix index still holds, given up as soon as blocks run out.
         bytes_held: bytes of the used blocks, all layers of the group.
         bytes_useful: bytes of the tokens in them, each block counted once.
@@ -34,6 +36,7 @@ class PoolStats:
     blocks_cached: int = 0
     prefix_hits: int = 0
     prefix_tokens_saved: int = 0
+    tokens_computed: int = 0
     waste: float = field(init=False)
 
     def __post_init__(self) -> None:

@@ -25,11 +25,14 @@ WAYS = {
     "static": "StaticCache",
     "batch": "generate_batch",
     "paged": "torch_paged",
+    "paged-compiled": "torch_paged, compile=True",
     "slots": "generate_many by slots",
     "blocks": "generate_many by blocks",
 }
 # Those of the case of many requests alone.
 MANY = "slots", "blocks"
+# Not by default: it takes a minute or two before the first call.
+COMPILED = "paged-compiled"
 WARM_UP_TOKENS = 8, 3  # of a prompt, and after it
 
 
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     asked = parser.add_argument_group("what is generated")
     asked.add_argument("--cases", nargs="+", choices=NAMES, default=list(NAMES))
-    asked.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    asked.add_argument("--ways", nargs="+", choices=WAYS, default=[name for name in WAYS if name != COMPILED])
     asked.add_argument("--context", type=at_least(1), default=1024, help="tokens of a prompt")
     asked.add_argument("--new-tokens", type=at_least(1), default=32, help="after each prompt but the ragged ones")
     asked.add_argument("--batch", nargs="+", type=at_least(1), default=[8], help="rows, uniform and padded")
@@ -121,41 +124,49 @@ def measure_all(dtype: str, shape: Shape, sizes: Sizes, args: argparse.Namespace
     else:
         model = random_model(shape, positions, DTYPES[dtype], args.seed)
     asked = cases(args.cases, sizes, model.config.get_text_config(decoder=True).vocab_size, args.seed)
-    results = []
+    results, calls = [], ways(args.block_size)
     with progress() as bar:
         task = bar.add_task("bench generate", total=len(asked) * args.rounds)
         for case in asked:
             bar.update(task, description=f"{case.name}, {dtype}")
-            results.append(measure(model, case, dtype, args, partial(bar.advance, task)))
+            results.append(measure(model, case, dtype, calls, args, partial(bar.advance, task)))
     return results
 
 
 def measure(
-    model: "PreTrainedModel", case: GenerateCase, dtype: str, args: argparse.Namespace, advance: Callable[[], None]
+    model: "PreTrainedModel",
+    case: GenerateCase,
+    dtype: str,
+    calls: "dict[str, Way]",
+    args: argparse.Namespace,
+    advance: Callable[[], None],
 ) -> "CaseResult":
-    """Run every way once a round, A B A B; before the first round each once on a few tokens."""
+    """Run every way once a round, A B A B; before the first round each on a few tokens."""
     from torch_paged.cli.bench.generate_result import CaseResult, WayResult
     from torch_paged.cli.bench.generate_ways import NotPossible
 
-    calls = ways(args.block_size)
     names = [name for name in WAYS if name in args.ways and (name in MANY) == bool(case.fit)]
     if not case.is_ragged:
         names = [name for name in names if name != "one-by-one"]
     # generate_batch draws its samples in an order of its own.
     results = {name: WayResult(WAYS[name], draws_alike=name != "batch", batched=name != "one-by-one") for name in names}
-    warm_up = case.shortened(*WARM_UP_TOKENS)
+    short = case.shortened(*WARM_UP_TOKENS)
+    # A second prefill is the first that is compiled, and a row that is left alone has a graph of its own.
+    warm_ups = {name: [short, short, short.first()] if name == COMPILED else [short] for name in names}
     for number in range(-1, args.rounds):
         for name, result in results.items():
             if result.reason is not None:
                 continue
             try:
-                run = calls[name](model, warm_up if number < 0 else case, args.seed)
+                runs = [calls[name](model, each, args.seed) for each in (warm_ups[name] if number < 0 else [case])]
             except NotPossible as error:
                 result.reason = str(error)
                 result.runs.clear()
+                continue
+            if number >= 0:
+                result.runs += runs
             else:
-                if number >= 0:
-                    result.runs.append(run)
+                result.warm_up_s = sum(run.seconds for run in runs)
         if number >= 0:
             advance()
     return CaseResult(case, dtype, list(results.values()))
@@ -171,6 +182,7 @@ def ways(block_size: int) -> "dict[str, Way]":
         "static": generate_ways.static,
         "batch": continuous_batching,
         "paged": generate_ways.paged(block_size),
+        COMPILED: generate_ways.paged_compiled(block_size),
         "slots": generate_many_ways.slots(block_size),
         "blocks": generate_many_ways.blocks(block_size),
     }

@@ -60,6 +60,10 @@ class GenerateCase:
         prompts, turns = ([tokens[:prompt] for tokens in each] for each in (self.prompts, self.turns))
         return replace(self, prompts=prompts, turns=turns, wishes=[min(wish, new_tokens) for wish in self.wishes])
 
+    def first(self) -> "GenerateCase":
+        """The same with the first prompt alone."""
+        return replace(self, prompts=self.prompts[:1], wishes=self.wishes[:1])
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -1,8 +1,9 @@
 """The model of `bench generate`: one of a given shape with random weights, or one that the user names."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -78,6 +79,12 @@ def named_model(name: str, positions: int, dtype: torch.dtype) -> "PreTrainedMod
         # A folder can be broken in as many ways as there are libraries that read it.
         raise CommandError(f"--model {name}: {' '.join(str(error).split()) or type(error).__name__}") from None
     return prepared(model, positions)
+
+
+def with_same_weights(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Another model, to be patched by itself, over the same parameters and buffers."""
+    weights: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, weights)
 
 
 def prepared(model: "PreTrainedModel", positions: int) -> "PreTrainedModel":

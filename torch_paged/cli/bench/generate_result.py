@@ -23,6 +23,7 @@ class WayResult:
     Attributes:
         draws_alike: whether it draws samples as stock does, so that their tokens can be compared.
         batched: whether a step is one of all rows, so that its time can be compared.
+        warm_up_s: seconds of the calls on a few tokens before the runs, with all that is compiled.
     """
 
     name: str
@@ -30,6 +31,7 @@ class WayResult:
     batched: bool = True
     runs: list[Run] = field(default_factory=list)
     reason: str | None = None
+    warm_up_s: float = 0.0
 
     @property
     def step(self) -> Timing | None:
@@ -111,6 +113,7 @@ class CaseResult:
             "prefill": way.prefill.as_json(),
             "prefill_tokens": way.prefill_tokens,
             "total": way.total.as_json(),
+            "warm_up_s": way.warm_up_s,
             "new_tokens_per_s": self.case.useful_tokens / way.total.median,
             "peak_kv_bytes": way.peak_kv_bytes,
             "slots_used": way.slots_used,
@@ -147,6 +150,8 @@ def notes(results: Sequence[CaseResult]) -> list[str]:
     ]
     for result in results:
         for way in result.ways:
+            if way.runs and "compile" in way.name:
+                lines.append(f"{result.case.name}, {result.dtype}, {way.name}: compiled before, {way.warm_up_s:.1f} s.")
             if not way.runs:
                 lines.append(f"{result.case.name}, {result.dtype}, {way.name}: not run, {way.reason}.")
     return lines

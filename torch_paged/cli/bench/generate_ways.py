@@ -1,7 +1,8 @@
 """The ways that `bench generate` compares: what came out of a call, when, and in how many bytes of keys and values."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, StoppingCriteria, set_seed
 
 import torch_paged
 from torch_paged.cli.bench.generate_cases import GenerateCase
+from torch_paged.cli.bench.generate_model import with_same_weights
 
 PAD = 0
 NO_TOKEN = -1
@@ -77,16 +79,33 @@ def paged(block_size: int) -> Way:
     """torch_paged, with blocks of that many tokens."""
 
     def run(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
-        with torch_paged.paged(model, block_size=block_size, prefix_caching=bool(case.turns)) as handle:
-
-            def slots_used() -> float:
-                return 1 - handle.stats().waste
-
-            # Whoever asks for the cache gets the rows that are finished too, so that none may leave.
-            run, _ = _generate(model, case, seed, slots_used, return_dict_in_generate=False)
-            return _with_bytes(run, handle.stats().peak_bytes)
+        return _paged(model, case, seed, block_size=block_size)
 
     return run
+
+
+def paged_compiled(block_size: int) -> Way:
+    """torch_paged with compile=True, all calls with one model that stays patched: each graph is made once.
+
+    Calls with few tokens make them, of several rows, the same again, and of one row.
+    """
+    models: dict[int, PreTrainedModel] = {}
+
+    def run(model: PreTrainedModel, case: GenerateCase, seed: int) -> Run:
+        if id(model) not in models:
+            models[id(model)] = with_same_weights(model)
+            torch_paged.patch(models[id(model)], block_size=block_size, compile=True)
+        return _paged(models[id(model)], case, seed, block_size=block_size, compile=True)
+
+    return run
+
+
+def _paged(model: PreTrainedModel, case: GenerateCase, seed: int, **knobs: Any) -> Run:
+    with torch_paged.paged(model, prefix_caching=bool(case.turns), **knobs) as handle:
+        handle.reset_peak()
+        # Whoever asks for the cache gets the rows that are finished too, so that none may leave.
+        run, _ = _generate(model, case, seed, handle, return_dict_in_generate=False)
+        return _with_bytes(run, handle.stats().peak_bytes)
 
 
 def held_bytes(cache: Any) -> int:
@@ -96,14 +115,26 @@ def held_bytes(cache: Any) -> int:
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes the time after each step, and ends each row with its wish, as an end-of-sequence token would."""
+    """Notes the time after each step, and ends each row with its wish, as an end-of-sequence token would.
+
+    Args:
+        computed: tokens that the model has computed so far, for `prefill_tokens`, those before the first step.
+        handle: of a patched model.
+    """
 
     def __init__(
-        self, case: GenerateCase, width: int, start: float, slots_used: Callable[[], float] | None = None
+        self,
+        case: GenerateCase,
+        width: int,
+        start: float,
+        computed: Callable[[], int],
+        handle: torch_paged.PagedHandle | None = None,
     ) -> None:
         self.width, self.start = width, start
         self.marks: list[float] = []
-        self.slots_used, self._slots_used = list[float](), slots_used
+        self.slots_used = list[float]()
+        self.prefill_tokens = 0
+        self._computed, self._handle = computed, handle
         wishes = torch.tensor(case.wishes)
         # Rows that all end together are ended by max_new_tokens; the rows of beams are not those of the prompts.
         self.wishes = wishes if len(set(case.wishes)) > 1 else None
@@ -112,9 +143,11 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
             self.eos_token_id = torch.tensor([NO_TOKEN])
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if not self.marks:
+            self.prefill_tokens = self._computed()
         self.marks.append(time.perf_counter() - self.start)
-        if self._slots_used is not None:
-            self.slots_used.append(self._slots_used())
+        if self._handle is not None:
+            self.slots_used.append(1 - self._handle.stats().waste)
         if self.wishes is None:
             return torch.zeros(len(input_ids), dtype=torch.bool)
         return input_ids.shape[1] - self.width >= self.wishes
@@ -124,7 +157,7 @@ def _generate(
     model: PreTrainedModel,
     case: GenerateCase,
     seed: int,
-    slots_used: Callable[[], float] | None = None,
+    handle: torch_paged.PagedHandle | None = None,
     **options: Any,
 ) -> tuple[Run, Any]:
     """Return the run, its bytes not yet counted, and the last cache: what it holds is held as long as it lives."""
@@ -133,13 +166,13 @@ def _generate(
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in case.prompts]
     input_ids, attention_mask = torch.tensor(padded), torch.tensor(mask)
     set_seed(seed)
-    run, output = _call(model, case, input_ids, attention_mask, slots_used, options)
+    run, output = _call(model, case, input_ids, attention_mask, handle, options)
     runs = [run]
     for turn in case.turns:
         history = _sequences(output)
         del output
         input_ids = torch.cat([history, torch.tensor([turn] * len(history))], dim=1)
-        run, output = _call(model, case, input_ids, torch.ones_like(input_ids), slots_used, options)
+        run, output = _call(model, case, input_ids, torch.ones_like(input_ids), handle, options)
         runs.append(run)
     if case.turns:
         run = _one_after_the_other(runs, [sum((run.tokens[0] for run in runs), [])])
@@ -156,25 +189,14 @@ def _call(
     case: GenerateCase,
     input_ids: Tensor,
     attention_mask: Tensor,
-    slots_used: Callable[[], float] | None,
+    handle: torch_paged.PagedHandle | None,
     options: dict[str, Any],
 ) -> tuple[Run, Any]:
     """One call of generate: the run, and what came back."""
     width = input_ids.shape[1]
-    start = time.perf_counter()
-    clock = _Clock(case, width, start, slots_used)
-    embedding, computed = model.get_input_embeddings(), 0
-    embed = embedding.forward
-
-    def counted(ids: Tensor) -> Tensor:
-        nonlocal computed
-        computed += 0 if clock.marks else ids.numel()
-        embedded: Tensor = embed(ids)
-        return embedded
-
-    # Not a hook, with which a model forgets its prefixes.
-    embedding.forward = counted
-    try:
+    with _embedded(model) if handle is None else _computed(handle) as computed:
+        start = time.perf_counter()
+        clock = _Clock(case, width, start, computed, handle)
         output = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -182,14 +204,38 @@ def _call(
             stopping_criteria=[clock],
             **{"do_sample": False, "return_dict_in_generate": True, **case.options, **options},
         )
-    finally:
-        del embedding.forward
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
     wishes = [wish for wish in case.wishes for _ in range(case.returned)]
     new = _sequences(output)[:, width:].tolist()
     tokens = [row[:wish] for row, wish in zip(new, wishes, strict=True)]
     used = sum(clock.slots_used) / len(clock.slots_used) if clock.slots_used else None
-    return Run(tokens, clock.marks, seconds, None, computed, used), output
+    return Run(tokens, clock.marks, seconds, None, clock.prefill_tokens, used), output
+
+
+@contextmanager
+def _embedded(model: PreTrainedModel) -> Iterator[Callable[[], int]]:
+    """Count the tokens that a stock model embeds meanwhile."""
+    embedding, count = model.get_input_embeddings(), 0
+    embed = embedding.forward
+
+    def counted(ids: Tensor) -> Tensor:
+        nonlocal count
+        count += ids.numel()
+        embedded: Tensor = embed(ids)
+        return embedded
+
+    embedding.forward = counted
+    try:
+        yield lambda: count
+    finally:
+        del embedding.forward
+
+
+@contextmanager
+def _computed(handle: torch_paged.PagedHandle) -> Iterator[Callable[[], int]]:
+    """Count those of a patched model by its statistics: what changes a module makes compiled code compile again."""
+    before = handle.stats().tokens_computed
+    yield lambda: handle.stats().tokens_computed - before
 
 
 def _one_after_the_other(runs: list[Run], tokens: list[list[int]]) -> Run:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from torch_paged.cli.arguments import DTYPES, at_least
-from torch_paged.cli.bench.generate_model import Shape, random_model
+from torch_paged.cli.bench.generate_model import Shape, random_model, with_same_weights
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
 from torch_paged.cli.bench.plot import Panel
@@ -95,17 +95,9 @@ def measure(
     with ExitStack() as stack:
         calls = {}
         for way in args.ways:
-            call = stack.enter_context(prepared(way, copy_of(model, way), lengths, steps, args.block_size))
+            # One model for stock's ways, one for each of ours, which are patched differently.
+            of_way = with_same_weights(model) if way.startswith("paged") else model
+            call = stack.enter_context(prepared(way, of_way, lengths, steps, args.block_size))
             first[WAYS[way]] = call.first()
             calls[WAYS[way]] = call
         return alternate(calls, args.rounds, warmup=WARM_UP_STEPS), first
-
-
-def copy_of(model: "PreTrainedModel", way: str) -> "PreTrainedModel":
-    """The model for stock's ways; one for each of ours, which are patched differently, with the same weights."""
-    if not way.startswith("paged"):
-        return model
-    import copy
-
-    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, weights)
