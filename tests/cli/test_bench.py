@@ -1,6 +1,7 @@
 """bench: what it measures, and that it refuses to time a wrong answer."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -76,6 +77,31 @@ def test_steps(run):
         first = next(each for each in results if each["rows"] == result["rows"])
         ratio = first["step"]["median_s"] / result["step"]["median_s"]
         assert result["speedup_over_first_way"] == ratio and result["first_step_s"] > 0
+
+
+def test_profile_of_steps(run):
+    shape = "--layers 2 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 --vocabulary 211 --dtype float32"
+    asked = "--batch 3 --context 20 --ways dynamic paged-compiled --rounds 2 --profile --json"
+    status, out, _ = run("bench", "steps", *shape.split(), *asked.split())
+    report = json.loads(out)
+    stock, ours = (result["profile"] for result in report["results"])
+    assert status == 0 and report["read_bytes_per_s"] > 0
+
+    def products(profile):
+        return {tuple(each["weight"]): each["calls"] for each in profile["products"]}
+
+    # q and o; k and v; gate and up; down; the head.
+    assert products(stock) == {(64, 64): 4, (32, 64): 4, (128, 64): 4, (64, 128): 2, (211, 64): 1}
+    # 32 outputs of 2 inputs at a time. q, k and v are one of 128 outputs, gate and up one of 256.
+    assert products(ours) == {(4, 32, 64): 2, (2, 32, 64): 2, (8, 32, 64): 2, (2, 64, 64): 2, (7, 32, 64): 1}
+    for profile in (stock, ours):
+        parts = [profile[name] for name in ("products_s", "attention_s", "writes_s", "rest_s", "host_s")]
+        assert sum(part or 0.0 for part in parts) == pytest.approx(profile["step_s"])
+        assert all(part > 0 for part in parts if part) and 0 <= profile["products_share_fast"] <= 1
+    # Stock writes by torch.cat, and is not compiled.
+    assert stock["host_s"] is None and stock["writes_s"] == 0 < ours["writes_s"] and ours["host_s"] > 0
+    for each in ours["products"]:
+        assert each["bytes_per_s"] == 4 * math.prod(each["weight"]) / each["seconds"]
 
 
 def test_copies(run, monkeypatch):

@@ -8,9 +8,11 @@ from rich.table import Table
 
 from torch_paged.cli.arguments import DTYPES, at_least
 from torch_paged.cli.bench.generate_model import Shape, random_model, with_same_weights
+from torch_paged.cli.bench.limits import Limits
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
 from torch_paged.cli.bench.plot import Panel
+from torch_paged.cli.bench.step_profile import StepProfile, profiled, tables
 from torch_paged.cli.bench.timing import Timing, alternate
 from torch_paged.cli.report import progress
 
@@ -35,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--padded", action="store_true", help="rows of half of that length and more, padded on the left"
     )
-    parser.add_argument("--ways", nargs="+", choices=NAMES, default=[name for name in NAMES if name != NAMES[2]])
+    parser.add_argument("--ways", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument(
+        "--profile", action="store_true", help="also where the time of a step goes, and how fast its weights are read"
+    )
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=16, help="of torch_paged")
     add_common(parser, rounds=15, rounds_help="timed steps of each way")
     parser.set_defaults(run=run)
@@ -44,17 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     prepare(args)
     shape = Shape(args.layers, args.hidden, args.intermediate, args.heads, args.kv_heads, args.vocabulary)
-    model = random_model(shape, args.context + args.rounds + WARM_UP_STEPS + 1, DTYPES[args.dtype], args.seed)
+    model = random_model(shape, args.context + _steps(args), DTYPES[args.dtype], args.seed)
     table = Table(title=f"A decode step, {args.dtype}, {args.context} tokens {'at most' if args.padded else 'cached'}")
     for header in ("rows", "", "milliseconds", "of the first way", "first step, s"):
         table.add_column(header, justify="right")
     results: list[dict[str, Any]] = []
-    panels = []
+    panels, profiles = [], []
+    limits = Limits()
+    if args.profile:
+        limits.probe_reading(args.rounds)
     with progress() as bar:
         task = bar.add_task("bench steps", total=len(args.batch))
         for rows in args.batch:
             bar.update(task, description=f"{rows} rows")
-            timings, first = measure(model, rows, args)
+            timings, first, found = measure(model, rows, args)
             reference = next(iter(timings.values())).median
             for name, timing in timings.items():
                 ratio = reference / timing.median
@@ -68,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
                         "first_step_s": first[name],
                     }
                 )
+                if name in found:
+                    results[-1]["profile"] = found[name].as_json(limits.bytes_per_s)
+                    profiles.append((rows, name, found[name]))
             bars: dict[str, list[float | None]] = {"ms": [1e3 * timing.median for timing in timings.values()]}
             panels.append(Panel(f"{rows} rows", "milliseconds", list(timings), bars))
             bar.advance(task)
@@ -79,18 +90,23 @@ def run(args: argparse.Namespace) -> int:
         "block_size": args.block_size,
     }
     note = "A step is all between two tokens: inputs prepared, forward, argmax. First steps compile what is compiled."
-    write(Output("steps", settings, {"results": results}, [table], [note], panels), args)
+    figures: dict[str, Any] = {"results": results}
+    shown = [table]
+    if args.profile:
+        figures["read_bytes_per_s"] = limits.bytes_per_s
+        shown += tables(profiles, limits.bytes_per_s)
+    write(Output("steps", settings, figures, shown, [note], panels), args)
     return 0
 
 
 def measure(
     model: "PreTrainedModel", rows: int, args: argparse.Namespace
-) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Per way the seconds of a step, and those of its first one."""
+) -> tuple[dict[str, Timing], dict[str, float], dict[str, StepProfile]]:
+    """Per way the seconds of a step, those of its first one, and where they go if `--profile`."""
     from torch_paged.cli.bench.step_ways import WAYS, prepared, row_lengths
 
     lengths = row_lengths(rows, args.context, args.padded, args.seed)
-    steps = args.rounds + WARM_UP_STEPS + 1
+    steps = _steps(args)
     first: dict[str, float] = {}
     with ExitStack() as stack:
         calls = {}
@@ -100,4 +116,13 @@ def measure(
             call = stack.enter_context(prepared(way, of_way, lengths, steps, args.block_size))
             first[WAYS[way]] = call.first()
             calls[WAYS[way]] = call
-        return alternate(calls, args.rounds, warmup=WARM_UP_STEPS), first
+        timings = alternate(calls, args.rounds, warmup=WARM_UP_STEPS)
+        asked = calls if args.profile else {}
+        found = {name: profiled(call, args.rounds, model.dtype.itemsize) for name, call in asked.items()}
+        return timings, first, found
+
+
+def _steps(args: argparse.Namespace) -> int:
+    """Steps of a way: the first, those to warm up, the timed ones and the profiled ones."""
+    timed: int = args.rounds * (2 if args.profile else 1)
+    return 1 + WARM_UP_STEPS + timed
