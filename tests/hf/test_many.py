@@ -307,15 +307,6 @@ def test_deterministic_logits_do_not_depend_on_what_was_remembered(name: str) ->
             assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
 
 
-def test_statistics() -> None:
-    model = tiny("llama")
-    _, stats = run(model, prompts([6, 9, 4]), eos_token_id=None)
-    for percentiles in (stats.time_to_first_token, stats.inter_token_latency):
-        assert 0 < percentiles.p50 <= percentiles.p95 <= percentiles.p99
-    assert stats.finished == 3 and stats.new_tokens == 42
-    assert stats.tokens_per_second == pytest.approx(42 / stats.seconds)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "text"),
     [
