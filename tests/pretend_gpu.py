@@ -53,7 +53,7 @@ class GpuTensor(Tensor):
         return f"GpuTensor({self.host})"
 
     def tolist(self) -> Any:
-        return self.host.tolist()
+        return self.cpu().tolist()
 
 
 class _PretendGpu(TorchDispatchMode):

@@ -22,10 +22,10 @@ from torch_paged import PagedHandle
 from .counting import count_calls
 from .models import PAD, assert_same_tokens, batch, generate, tiny, twin
 from .raising import Raises
-from .test_lean import _per_step, _Waits
 from .test_leaving import Wishes
 from .test_threads import in_threads
 from .test_training import _gradients, _loss
+from .waits import Waits
 
 BLOCK, NEW = 4, 7
 # One block of the three layers of the tiny models: K and V, 2 heads of 16, float32.
@@ -280,24 +280,23 @@ def test_rollouts_before_a_training_step(circumstance: Callable[..., PreTrainedM
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_a_spread_model_waits_once(name: str, tmp_path: Path) -> None:
     model = _on_disk(tiny(name), tmp_path)
-    stock = _per_step(model)
     with torch_paged.paged(model):
-        ours = _per_step(model)
-    assert ours.total() == 1 and ours <= stock
+        assert _waits(model, 12) - _waits(model, 4) == 8
+
+
+def _waits(model: PreTrainedModel, steps: int) -> int:
+    counted: Counter[str] = Counter()
+    with Waits(counted):
+        generate(model, batch([17, 4, 30]), max_new_tokens=steps, eos_token_id=None)
+    return counted.total()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_waits_once_beside_another_thread_and_after_an_error(name: str) -> None:
     model = tiny(name)
 
-    def waits(steps: int) -> int:
-        counted: Counter[str] = Counter()
-        with _Waits(counted):
-            generate(model, batch([17, 4, 30]), max_new_tokens=steps, eos_token_id=None)
-        return counted.total()
-
     def measured() -> int:
-        return waits(12) - waits(4)
+        return _waits(model, 12) - _waits(model, 4)
 
     with torch_paged.paged(model, block_size=BLOCK):
         assert in_threads([measured, measured]) == [8, 8]

@@ -3,103 +3,96 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_paged
 from torch_paged.hf.turns import Turns
 
 from .counting import count_tokens
 from .models import batch, generate, tiny
-from .test_leaving import Watcher, run
+from .test_on_gpu import both, there
+from .waits import count_waits, pretended_gpu
+
+__all__ = ["pretended_gpu"]
 
 
-class _Waits(TorchDispatchMode):
-    """Ops that make the host wait for a device, whichever the device is here."""
-
-    def __init__(self, waits: Counter[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
-            self.waits[name] += 1
-        # A mask of bool that is indexed with is a nonzero inside.
-        if name == "aten::index" and any(index is not None and index.dtype == torch.bool for index in args[1]):
-            self.waits[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def count_waits() -> Iterator[Counter[str]]:
-    """By ops, and by the methods that copy to the host, which run no op for a tensor that is there already."""
-    waits: Counter[str] = Counter()
-
-    def counted(name: str) -> Any:
-        stock = getattr(Tensor, name)
-
-        def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            waits[name] += 1
-            return stock(self, *args, **kwargs)
-
-        return mock.patch.object(Tensor, name, method)
-
-    with _Waits(waits), counted("cpu"), counted("tolist"):
-        yield waits
-
-
-def _per_step(model: Any, **kwargs: Any) -> Counter[str]:
+def per_step(model: Any, **kwargs: Any) -> Counter[str]:
     """Waits that each of 8 more steps adds."""
     counts = []
     for steps in (4, 12):
         with count_waits() as waits:
-            generate(model, batch([17, 4, 30]), max_new_tokens=steps, eos_token_id=None, **kwargs)
+            generate(model, there(batch([17, 4, 30])), max_new_tokens=steps, eos_token_id=None, **kwargs)
         counts.append(Counter(waits))
     assert all((counts[1][name] - counts[0][name]) % 8 == 0 for name in counts[1])
     return Counter({name: (counts[1][name] - counts[0][name]) // 8 for name in counts[1]})
 
 
+def test_what_waits_is_counted(pretended_gpu: None) -> None:
+    """On a device: copies to the CPU that are not left to run, reads, and events behind the last of these."""
+    tensor, event = torch.arange(4.0).to("cuda"), None
+    pinned = torch.empty(4)
+    with count_waits() as waits:
+        assert tensor.cpu().tolist() == [0.0, 1.0, 2.0, 3.0] == tensor.tolist()
+        pinned.copy_(tensor, non_blocking=True)
+        pinned.copy_(tensor)
+        assert float(tensor.max()) == 3.0 and bool((tensor > 2).any())
+        tensor[tensor > 1] = 0.0
+        tensor.nonzero()
+        for late in (False, True):
+            event = torch.Event(device=tensor.device)
+            tensor.add_(1)
+            event.record()
+            if not late:
+                tensor.sum().item()
+            event.synchronize()
+        # Nothing of these is on a device.
+        pinned.max().item(), pinned.nonzero(), pinned.cpu(), pinned.to("cuda")
+    assert waits == {
+        "aten::_to_copy": 2, "aten::copy_": 1, "aten::_local_scalar_dense": 3, "aten::index_put_": 1,
+        "aten::nonzero": 1, "event": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "mistral", "gpt2"])
-@pytest.mark.parametrize("kwargs", [{}, {"do_sample": True}])
-def test_a_step_waits_once_as_stocks_does(name: str, kwargs: dict[str, Any]) -> None:
-    model = tiny(name)
-    stock = _per_step(model, **kwargs)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}],
+    ids=["greedy", "sampling", "beams", "beams that draw"],
+)
+def test_a_step_waits_once_as_stocks_does(pretended_gpu: None, name: str, kwargs: dict[str, Any]) -> None:
+    stock, model = both(name)
+    expected = per_step(stock, **kwargs)
     with torch_paged.paged(model):
-        ours = _per_step(model, **kwargs)
-    assert ours.total() == 1 == ours["aten::_local_scalar_dense"]
-    assert ours <= stock
+        ours = per_step(model, **kwargs)
+    assert ours.total() == 1 == expected.total()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
-def test_a_step_of_beams_waits_for_their_order_besides(name: str) -> None:
-    model = tiny(name)
-    with torch_paged.paged(model):
-        ours = _per_step(model, num_beams=3)
-    assert ours.total() - ours["cpu"] == 1 == ours["cpu"]
-
-
-def test_steps_wait_once_while_rows_leave() -> None:
-    model = tiny("llama")
-    with torch_paged.paged(model), count_tokens(model) as tokens, count_waits() as waits:
-        run(model, Watcher())
-    assert len(set(tokens[1:])) == 3, "not all rows left"
-    with torch_paged.paged(model, drop_finished_rows=False), count_waits() as without:
-        run(model, Watcher())
-    assert waits == without
+@pytest.mark.parametrize("kwargs", [{}, {"do_sample": True}, {"num_beams": 2}], ids=["greedy", "sampling", "beams"])
+def test_steps_wait_once_while_rows_leave(pretended_gpu: None, kwargs: dict[str, Any]) -> None:
+    _, model = both("llama")
+    options: dict[str, Any] = dict(max_new_tokens=24, eos_token_id=list(range(150, 211))) | kwargs
+    counts, computed = [], []
+    for drop in (True, False):
+        with (
+            torch_paged.paged(model, drop_finished_rows=drop),
+            count_tokens(model) as tokens,
+            count_waits() as waits,
+        ):
+            generate(model, there(batch([17, 4, 30])), **options)
+        counts.append(Counter(waits))
+        computed.append(sum(tokens))
+    assert counts[0] == counts[1] and computed[0] < computed[1]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"do_sample": True}])
-def test_steps_wait_once_while_rows_take_turns(kwargs: dict[str, Any]) -> None:
+def test_steps_wait_once_while_rows_take_turns(pretended_gpu: None, kwargs: dict[str, Any]) -> None:
     """However many lengths the running rows have."""
-    model, inputs = tiny("llama"), batch([17, 9, 21, 5, 12])
+    (_, model), inputs = both("llama"), there(batch([17, 9, 21, 5, 12]))
     step, each, lengths = Turns._step, list[int](), list[int]()
 
     def counted(self: Turns) -> None:

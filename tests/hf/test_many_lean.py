@@ -16,8 +16,10 @@ from torch_paged import GenerationRequest
 from torch_paged.hf.many import drafts
 
 from .many import BLOCK, OPTIONS, prompts, run
-from .models import tiny
-from .test_lean import count_waits
+from .test_on_gpu import both
+from .waits import count_waits, pretended_gpu
+
+__all__ = ["pretended_gpu"]
 
 NO_EOS: dict[str, Any] = OPTIONS | {"eos_token_id": None}
 
@@ -46,7 +48,9 @@ def per_step(model: Any, mix: list[dict[str, Any]], **kwargs: Any) -> Counter[st
     """Waits that each of 8 more steps adds."""
     counts = []
     for steps in (4, 12):
-        requests = [GenerationRequest(p, seed=i, **mix[i % len(mix)]) for i, p in enumerate(prompts([9, 17, 4, 12]))]
+        requests = [
+            GenerationRequest(p.to("cuda"), seed=i, **mix[i % len(mix)]) for i, p in enumerate(prompts([9, 17, 4, 12]))
+        ]
         with count_waits() as waits:
             answers, _ = run(model, requests, **(NO_EOS | {"max_new_tokens": steps} | kwargs))
         assert all(answer.error is None for answer in answers.values())
@@ -57,8 +61,8 @@ def per_step(model: Any, mix: list[dict[str, Any]], **kwargs: Any) -> Counter[st
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "mistral", "gpt2"])
-def test_a_step_waits_once(name: str, mix: str) -> None:
-    model = tiny(name)
+def test_a_step_waits_once(pretended_gpu: None, name: str, mix: str) -> None:
+    _, model = both(name)
     with torch_paged.paged(model, block_size=BLOCK, prefix_caching=True):
         assert per_step(model, MIXES[mix], stream=True).total() == 1
 
@@ -71,9 +75,9 @@ def parrot(ids: Tensor, scores: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
-def test_all_criteria_of_drafts_are_one_more_wait(name: str) -> None:
+def test_all_criteria_of_drafts_are_one_more_wait(pretended_gpu: None, name: str) -> None:
     """Drafts of 4 tokens and one more of the model's: passes and criteria alike, however many requests there are."""
-    model = tiny(name)
+    _, model = both(name)
     mix = {"options": {"prompt_lookup_num_tokens": 4}, "stopping_criteria": [never], "logits_processor": [parrot]}
     waits, forwards = [], []
     for new in (20, 40):

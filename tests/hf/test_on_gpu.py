@@ -6,6 +6,7 @@ On a machine without one, on tensors that say they are on a GPU and fail where t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -46,10 +47,17 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
             pytest.skip("no GPU")
         yield "hardware"
         return
+    with pretended(monkeypatch):
+        yield "pretend"
+
+
+@contextmanager
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A pretended GPU that has our kernels."""
     for module in ("layer", "support"):
         monkeypatch.setattr(f"torch_paged.hf.{module}.has_kernel", lambda op, device_type: True)
     with pretend_gpu(monkeypatch):
-        yield "pretend"
+        yield
 
 
 def there(inputs: dict[str, Any]) -> dict[str, Any]:

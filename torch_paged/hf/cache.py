@@ -141,7 +141,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         """Make old row `beam_idx[i]` the new row i, int64 `[rows]`: a table edit."""
         self._other_layers("reorder_cache", beam_idx)
         self.state.prefixes = None  # these rows are no longer those that generate returns
-        self.state.select(beam_idx)
+        self.state.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows: ints `[rows]`, negative ones from the end, or bool over the rows there are."""

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.finished import Finished
 from torch_paged.hf.prefix_call import sequence_rows
+from torch_paged.hf.state import CacheState
 
 
 class _Watched(StoppingCriteriaList):  # type: ignore[misc]
@@ -76,6 +78,30 @@ def beams_leaving(cache: PagedCache | None, watching: Sequence[Any]) -> Iterator
             _beams.finished = outer
 
 
+@contextmanager
+def order_read_late(cache: PagedCache | None) -> Iterator[None]:
+    """For `_beam_search`: the order of beams comes to the host together with whether it goes on, see `whether_on`."""
+    if cache is None:
+        yield
+        return
+    outer, _beams.state = _beams.state, cache.state
+    cache.state.order_is_read_late = True
+    try:
+        yield
+    finally:
+        _beams.state, cache.state.order_is_read_late = outer, False
+
+
+def whether_on(unfinished: Any) -> Any:
+    """`unfinished`, bool `[]`, on the host where the order of beams is waited for anyway: once for both."""
+    state = _beams.state
+    if state is None or state.order is None or not isinstance(unfinished, Tensor):
+        return unfinished
+    both = torch.cat([state.order, unfinished.reshape(1).to(state.order)]).cpu()
+    state.settle_order(both[:-1])
+    return bool(both[-1])
+
+
 def tell_of_beams(improvable: Tensor, sent_finished: Tensor, early_stopping: bool | str) -> None:
     """What `_beam_search` knows after a step, of each prompt.
 
@@ -102,6 +128,7 @@ def _telling(cache: PagedCache, finished: Finished) -> Iterator[Finished]:
 
 class _Beams(threading.local):
     finished: Finished | None = None
+    state: CacheState | None = None
 
 
 _beams = _Beams()

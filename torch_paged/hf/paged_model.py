@@ -20,7 +20,8 @@ from torch_paged.hf.call import Call, NeedsOwnAttention, current
 from torch_paged.hf.compiled import is_plain
 from torch_paged.hf.decode_step import run_decode_step
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.leaving import beams_leaving, leaving, tell_of_beams
+from torch_paged.hf.fresh_cache import paged_part
+from torch_paged.hf.leaving import beams_leaving, leaving, order_read_late, tell_of_beams, whether_on
 from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import call_problem, pack_problem, with_positions
 from torch_paged.hf.prefill import keep_pads_of_empty_rows, prefill_once
@@ -153,7 +154,8 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
         ) -> Any:  # fmt: skip
             def stock(input_ids: Any, logits_processor: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
                 cache = rows_may_leave(Forward(base, self), generation_config, args, kwargs)
-                with beams_leaving(cache, [*logits_processor, *stopping_criteria]):
+                late = order_read_late(paged_part(kwargs.get("past_key_values")))
+                with late, beams_leaving(cache, [*logits_processor, *stopping_criteria]):
                     return base._beam_search(
                         self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
                     )
@@ -168,9 +170,10 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
             early_stopping: Any,
         ) -> Any:  # fmt: skip
             tell_of_beams(is_early_stop_heuristic_unsatisfied, is_sent_finished, early_stopping)
-            return base._beam_search_has_unfinished_sequences(
+            going_on = base._beam_search_has_unfinished_sequences(
                 is_early_stop_heuristic_unsatisfied, is_sent_finished, next_token_hits_stopping_criteria, early_stopping
             )
+            return whether_on(going_on)
 
         Paged._beam_search = _beam_search
         Paged._beam_search_has_unfinished_sequences = staticmethod(unfinished)

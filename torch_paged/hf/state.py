@@ -48,6 +48,9 @@ class CacheState:
         self.divides = False
         # Columns that the mask hides are stored as others are.
         self.keeps_pads = False
+        # Who decodes reads the order of the rows from their device beside what else it waits for, and settles it.
+        self.order_is_read_late = False
+        self.order: Tensor | None = None
 
     def announce(self, call: Call) -> Call:
         """Make `call` the forward pass that the layers' next updates belong to."""
@@ -59,6 +62,7 @@ class CacheState:
 
     def check_rows(self, num_seqs: int) -> None:
         """Raises: ValueError, if the cache holds another number of rows."""
+        self.settle_order()
         if self.num_seqs not in (None, num_seqs):
             raise ValueError(f"batch size: {num_seqs}; must be {self.num_seqs}, the rows this PagedCache holds")
 
@@ -171,6 +175,7 @@ class CacheState:
                 group.drop_past()
 
     def crop(self, width: int) -> None:
+        self.settle_order()
         dropped = self.columns.crop(min(width, self.columns.count))
         self.seen_mask.forget()
         assert self.num_seqs is not None
@@ -200,6 +205,7 @@ class CacheState:
         Args:
             rows: what indexes a tensor's rows: ints, negative ones from the end, or bool `[num_seqs]`.
         """
+        self.settle_order()
         if self.num_seqs is None:
             return
         indices = np.arange(self.num_seqs)[torch.as_tensor(rows).cpu().numpy()]
@@ -211,6 +217,19 @@ class CacheState:
         self.num_seqs = len(indices)
         self.call = None
 
+    def reorder(self, rows: Tensor) -> None:
+        """`select` of int64 `[num_seqs]`, or later where these would have to be waited for."""
+        if self.order_is_read_late and rows.device.type != "cpu":
+            self.order = rows
+        else:
+            self.select(rows)
+
+    def settle_order(self, rows: Tensor | None = None) -> None:
+        """`select` what is to be; `rows` are it, on the CPU."""
+        if self.order is not None:
+            rows, self.order = self.order if rows is None else rows, None
+            self.select(rows)
+
     def record_past(self) -> None:
         self.recording_past = True
         for group in self.groups.values():
@@ -218,6 +237,7 @@ class CacheState:
 
     def fork(self) -> CacheState:
         """A state of its own over the same blocks; whoever writes a shared block first gets a copy of it."""
+        self.settle_order()
         twin = CacheState(self.pools, self.layers_per_window, self.voice)
         twin.groups = {key: group.fork() for key, group in self.groups.items()}
         twin.columns = self.columns.copy()
@@ -234,6 +254,6 @@ class CacheState:
         self.columns = Columns()
         self.seen_mask.forget()
         self.refusal, self.keeps_pads = None, False
-        self.adopted = False
+        self.adopted, self.order = False, None
         self.call = None
         self.num_seqs = None
