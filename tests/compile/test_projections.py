@@ -51,6 +51,16 @@ class Two(nn.Module):
         return torch.cat((self.a(x), self.b(x)), -1)
 
 
+@torch.no_grad()
+def test_what_weights_were_made_into_takes_their_place(lowered: Lowered) -> None:
+    model, x = Two(), torch.randn(4, 6)
+    torch.testing.assert_close(torch.compile(model, backend="torch_paged")(x), model(x), atol=1e-6, rtol=1e-5)
+    (graph,) = lowered.graphs
+    # What is multiplied; eight outputs and their inputs padded to a panel of 32 by three pairs; eight biases.
+    shapes = [tuple(node.meta["val"].shape) for node in graph.graph.find_nodes(op="placeholder")]
+    assert shapes == [(4, 6), (1, 3, 64), (8,)]
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The name of each function that made a tensor of weights."""

@@ -48,20 +48,44 @@ def compile_graph(
     options = CompileOptions.of(options)
     graph, derived = freeze_projections(graph, example_inputs, options)
     inputs = [*example_inputs, *_as_static(derived, example_inputs)]
+    used = _drop_unused(graph, inputs)
+    inputs = [inputs[place] for place in used]
     settings = {
+        # Every input and result compared with what fakes said of it: 0.4 ms of a step of 24 layers.
+        "size_asserts": False,
+        "alignment_asserts": False,
         **(list_mode_options(mode) if mode else {}),
         **inductor_passes(options),
         **cuda_graph_settings(inputs, options, decodes=is_decode_step(graph.graph)),
         **options.inductor,
     }
     compiled = cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=settings))
-    if not derived:
+    if len(used) == len(example_inputs) and not derived:
         return compiled
 
     def with_derived(*inputs: Any) -> Any:
-        return compiled(*inputs, *[each.tensor(inputs) for each in derived])
+        inputs += tuple([each.tensor(inputs) for each in derived])
+        return compiled(*[inputs[place] for place in used])
 
     return with_derived
+
+
+def _drop_unused(graph: GraphModule, inputs: Sequence[Any]) -> list[int]:
+    """Remove tensors that nothing reads any more, as are weights that others are made from.
+
+    Each would cost microseconds in every call.
+
+    Returns:
+        the places of the inputs that are left.
+    """
+    used = []
+    for place, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+        if node.users or not isinstance(inputs[place], Tensor):
+            used.append(place)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return used
 
 
 def _as_static(derived: Sequence[Derived], inputs: Sequence[Any]) -> list[Any]:
