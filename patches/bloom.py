@@ -31,7 +31,9 @@ def _native_class(base: type[Any]) -> type[Any]:
             query, key, value = self._reshape(self.query_key_value(hidden_states))
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_idx)
-            slopes = _alibi_slopes(self.num_heads, hidden_states.device)
+            # Dynamo looks into no cache, and warns of it.
+            slopes_of = _alibi_slopes if torch.compiler.is_compiling() else _kept_alibi_slopes
+            slopes = slopes_of(self.num_heads, hidden_states.device)
             out = attend(self, query, key, scaling=self.inv_norm_factor, alibi_slopes=slopes)
             out = dropout(self.dense(out.flatten(2)), p=self.hidden_dropout, training=self.training)
             return residual + out, None
@@ -39,11 +41,13 @@ def _native_class(base: type[Any]) -> type[Any]:
     return Native
 
 
-@functools.cache
 def _alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     """float32 `[num_heads]`: the bias of the second of two tokens."""
     alibi: Tensor = build_alibi_tensor(torch.ones(1, 2, device=device), num_heads, torch.float32)
     return alibi[:, 0, 1].contiguous()
+
+
+_kept_alibi_slopes = functools.cache(_alibi_slopes)
 
 
 def _not_native(config: Any) -> str:

@@ -53,19 +53,23 @@ def _native_class(base: type[Any]) -> type[Any]:
                 # A compiled pass does not know how many there are.
                 if in_compiled_call() or key.shape[2] > EXACT_ALIBI_TOKENS:
                     raise NeedsOwnAttention(f"Falcon rounds its ALiBi bias past {EXACT_ALIBI_TOKENS} tokens")
-                slopes = _alibi_slopes(self.num_heads, self.inv_norm_factor, hidden_states.device)
+                # Dynamo looks into no cache, and warns of it.
+                slopes_of = _alibi_slopes if torch.compiler.is_compiling() else _kept_alibi_slopes
+                slopes = slopes_of(self.num_heads, self.inv_norm_factor, hidden_states.device)
             out = attend(self, query, key, scaling=self.inv_norm_factor, alibi_slopes=slopes)
             return self.dense(out.flatten(2)), None
 
     return Native
 
 
-@functools.cache
 def _alibi_slopes(num_heads: int, scale: float, device: torch.device) -> Tensor:
     """float32 `[num_heads]`: the bias of the second of two tokens, scaled as its scores are."""
     mask = torch.ones(1, 2, dtype=torch.long, device=device)
     alibi: Tensor = build_alibi_tensor(mask, num_heads, torch.float32)
     return alibi[:, 0, 1] * scale
+
+
+_kept_alibi_slopes = functools.cache(_alibi_slopes)
 
 
 def _not_native(config: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_paged.hf.attention import attend
+from torch_paged.hf.attention import attend, has_holes
 from torch_paged.hf.call import NeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
 
@@ -23,8 +23,6 @@ def _native_class(base: type[Any]) -> type[Any]:
         ) -> Any:
             if not in_native_call():
                 return base.forward(self, hidden_states, position_bias, past_key_values, attention_mask, **kwargs)
-            if past_key_values.state.columns.holes:
-                raise NeedsOwnAttention("attention_mask has holes, and MPT's ALiBi counts their columns")
             states = self.Wqkv(hidden_states)
             if self.clip_qkv:
                 states = states.clamp(min=-self.clip_qkv, max=self.clip_qkv)
@@ -32,6 +30,8 @@ def _native_class(base: type[Any]) -> type[Any]:
                 part.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2) for part in states.chunk(3, dim=2)
             )
             key, value = past_key_values.update(key, value, self.layer_idx)
+            if has_holes(key):
+                raise NeedsOwnAttention("attention_mask has holes, and MPT's ALiBi counts their columns")
             out = attend(self, query, key, scaling=self.softmax_scale, alibi_slopes=_slopes(position_bias))
             return self.out_proj(out.flatten(2)), None
 

@@ -128,6 +128,22 @@ def test_positions_that_are_not_the_columns(name: str, caplog: pytest.LogCapture
     assert "computes its positions from columns" in said and said.endswith("runs uncompiled") and graphs.runs == 0
 
 
+@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
+def test_distances_in_columns(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows and ALiBi that count columns are those of tokens where the padding stands before them."""
+    model = tiny_causal(name)
+    stock, graphs = twin(model), Graphs()
+    torch_paged.patch(model, compile={"backend": graphs}, block_size=4)
+    for _ in range(2):
+        assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED), prompt=RAGGED)
+    # Steps, and the second prefill.
+    assert graphs.compiled == 2 and graphs.runs == 2 * 23 + 1 and messages(caplog) == []
+    holes = {name: value.clone() for name, value in RAGGED.items()}
+    holes["attention_mask"][0, 7] = 0
+    assert_same_tokens(stock, generate(stock, holes), generate(model, holes), prompt=holes)
+    assert graphs.runs == 2 * 23 + 1 and any("has holes" in said for said in messages(caplog))
+
+
 def test_control_flow_that_depends_on_data(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("llama")
     stock, graphs = twin(model), Graphs()

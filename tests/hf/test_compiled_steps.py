@@ -38,6 +38,7 @@ def _fresh_dynamo() -> Iterator[None]:
         yield
 
 
+@pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("name", NAMES)
 def test_generate(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny(name)

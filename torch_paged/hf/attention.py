@@ -105,6 +105,13 @@ def attend(
     return _attend(module, query, key.pair.layer, step, scaling, sliding_window, softcap, sinks, alibi_slopes)
 
 
+def has_holes(key: Tensor) -> bool:
+    """Whether distances in columns and in tokens differ among what `key` stands for, as `PagedLayer.update` gave it."""
+    if (compiled := step_layer(key, key)) is not None:
+        return compiled.shared.holes
+    return isinstance(key, PagedKV) and key.pair.layer.state.columns.holes
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,

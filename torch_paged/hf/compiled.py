@@ -108,6 +108,7 @@ class Compiled:
         for group, shared in view.groups:
             step = filled_step(group.plan(call)) if fill else group.plan(call)
             shared.step, shared.is_decode = _prepared(step, is_decode), is_decode
+            shared.holes = cache.state.columns.holes
         view.cache.columns = torch.tensor(cache.state.columns.count - call.width)
         given = {"input_ids", "position_ids", "use_cache"}
         inputs = {name: value for name, value in inputs.items() if name in given}

@@ -25,11 +25,13 @@ class StepGroup:
     Attributes:
         step: of the pass that is about to run; None between passes.
         is_decode: every sequence has one query.
+        holes: a column that is not stored stands after one that is, so that distances in columns and tokens differ.
     """
 
     def __init__(self) -> None:
         self.step: Step | None = None
         self.is_decode = True
+        self.holes = False
 
 
 class StepLayer(CacheLayerMixin):  # type: ignore[misc]
