@@ -9,12 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_paged.memory.allocator import NO_IDS, BlockAllocator, Ids
+from torch_paged.memory.allocator import NO_IDS, Ids
+from torch_paged.memory.table_rows import Ints, TableRows, cells
 
 if TYPE_CHECKING:
     from torch_paged.memory.pool import Pool
-
-Ints = NDArray[np.int64]
 
 
 class BlockTables:
@@ -44,7 +43,7 @@ class BlockTables:
         self._size = pool.block_size
         self.seq_lens: Ints = np.zeros(num_seqs, dtype=np.int64)
         self._first: Ints = np.zeros(num_seqs, dtype=np.int64)  # per row, the blocks that left the sliding window
-        self._rows = _Rows(np.full((num_seqs, 1), -1, dtype=np.int32))
+        self._rows = TableRows(np.full((num_seqs, 1), -1, dtype=np.int32))
         with pool.lock:
             pool.tables.add(self)
         weakref.finalize(self, pool.budget.abandon, self._rows.give_back).atexit = False
@@ -80,8 +79,8 @@ class BlockTables:
             start, end = self.seq_lens, self.seq_lens + num_tokens
             held, needed = self._num_blocks(start), self._num_blocks(end)
             first = self._first_in_window(start, num_tokens)
-            left = _cells(self._first, first)
-            new = _cells(held, needed)
+            left = cells(self._first, first)
+            new = cells(held, needed)
             copied = self._shared_tails(start, num_tokens)
 
             mapping = np.empty((len(copied), 2), dtype=np.int64)
@@ -155,19 +154,19 @@ class BlockTables:
             if self.seq_lens[adopting].any():
                 raise ValueError(f"num_tokens: {num_tokens.tolist()}; must be 0 for rows that hold tokens")
             first = np.where(adopting, self._behind_window(num_tokens), 0)
-            cells = _cells(first, self._num_blocks(num_tokens))
+            held = cells(first, self._num_blocks(num_tokens))
             needed = np.zeros(blocks.shape, dtype=np.bool_)
-            if len(blocks) != self.num_seqs or (cells[1] >= blocks.shape[1]).any():
+            if len(blocks) != self.num_seqs or (held[1] >= blocks.shape[1]).any():
                 raise ValueError(f"blocks: shape {list(blocks.shape)}; must hold {num_tokens.tolist()} tokens per row")
-            needed[cells] = True
+            needed[held] = True
             if ((blocks >= 0) != needed).any():
                 raise ValueError(
                     f"blocks: {blocks.tolist()}; must be those of {num_tokens.tolist()} tokens per row, as far as the "
                     "next token sees them, and -1 elsewhere"
                 )
-            self._pool.allocator.retain(blocks[cells])
+            self._pool.allocator.retain(blocks[held])
             self._rows.allocator = self._pool.allocator
-            self._rows.widened(self._num_blocks(num_tokens))[cells] = blocks[cells]
+            self._rows.widened(self._num_blocks(num_tokens))[held] = blocks[held]
             self._first = np.where(adopting, first, self._first)
             self.seq_lens = self.seq_lens + num_tokens
 
@@ -238,7 +237,7 @@ class BlockTables:
                     f"row whole, of which the first {gone.tolist()} are gone and {self.seq_lens.tolist()} were stored"
                 )
             keep = np.maximum(self._num_blocks(end), self._first)
-            dropped = _cells(keep, self._num_blocks(self.seq_lens))
+            dropped = cells(keep, self._num_blocks(self.seq_lens))
             self._rows.exchange(NO_IDS, self._rows.table[dropped])
             self._rows.table[dropped] = -1
             self._first, self.seq_lens = np.where(end > 0, self._first, 0), end
@@ -261,7 +260,7 @@ class BlockTables:
         """Free the blocks that left the sliding window and were kept for `crop`."""
         with self._pool.lock:
             first = self._behind_window(self.seq_lens)
-            left = _cells(self._first, first)
+            left = cells(self._first, first)
             self._rows.exchange(NO_IDS, self._rows.table[left])
             self._rows.table[left] = -1
             self._first = first
@@ -360,43 +359,3 @@ class BlockTables:
         rows, tails, owners = rows[owners > 1], tails[owners > 1], owners[owners > 1]
         _, first, writers = np.unique(tails, return_index=True, return_counts=True)
         return np.delete(rows, first[writers == owners[first]])
-
-
-class _Rows:
-    """The blocks a batch holds: what is left of a dead BlockTables until it is given back.
-
-    It knows the allocator, not the pool, whose memory is not to wait for that.
-    """
-
-    def __init__(self, table: NDArray[np.int32]) -> None:
-        self.table = table  # [num_seqs, at least the blocks of the longest row], -1 = no block
-        self.allocator: BlockAllocator | None = None  # known with the first block
-
-    def widened(self, num_blocks: Ints) -> NDArray[np.int32]:
-        """The table with columns for that many blocks per row; it grows by doubling."""
-        width, (num_seqs, capacity) = int(num_blocks.max(initial=0)), self.table.shape
-        if width > capacity:
-            table = np.full((num_seqs, max(width, 2 * capacity)), -1, dtype=np.int32)
-            table[:, :capacity] = self.table
-            self.table = table
-        return self.table
-
-    def ids(self) -> NDArray[np.int32]:
-        return self.table[self.table >= 0]
-
-    def exchange(self, gained: NDArray[np.integer], lost: NDArray[np.integer]) -> None:
-        if self.allocator is not None:
-            self.allocator.exchange(gained, lost)
-
-    def give_back(self) -> None:
-        self.exchange(NO_IDS, self.ids())
-        self.table[:] = -1
-
-
-def _cells(first: Ints, end: Ints) -> tuple[Ints, Ints]:
-    """(rows, columns) of the table cells `first[row] <= column < end[row]`, row by row."""
-    count = np.maximum(end - first, 0)
-    if not count.any():
-        return NO_IDS, NO_IDS
-    rows = np.repeat(np.arange(len(count)), count)
-    return rows, np.arange(len(rows)) - np.repeat(count.cumsum() - count - first, count)
