@@ -9,6 +9,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.layer import PagedLayer
+from torch_paged.memory import PoolExhausted
 
 
 def paged_part(cache: Any) -> PagedCache | None:
@@ -39,14 +40,23 @@ class FreshCache:
             self._cache = EncoderDecoderCache(self.paged, copy.deepcopy(self._cross))
         return self._cache
 
-    def wait(self) -> bool:
+    def wait(self, need: int) -> bool:
         """Wait until calls of other threads have freed blocks; False where they cannot, or passes wait themselves.
 
         Passes do not where layers of other kinds have gone on when blocks run out: these begin anew.
+
+        Args:
+            need: bytes, of `needed` when blocks ran out.
         """
         if self._cross is None and not self._others:
             return False
         pools = self.paged.state.pools
         with pools.lock:
             before = pools.free_bytes()
-        return pools.line.wait(lambda: pools.free_bytes() > before, holds=False)
+        # Others may have given theirs back before.
+        return pools.line.wait(lambda: pools.free_bytes() >= need or pools.free_bytes() > before, holds=False)
+
+    def needed(self, error: PoolExhausted) -> int:
+        """Bytes that the rows hold and would hold besides, after a pass found too few blocks."""
+        held = sum(group.num_bytes for group in self.paged.state.groups.values())
+        return held + error.needed * self.paged.state.pools.largest_block()

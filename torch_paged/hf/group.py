@@ -53,6 +53,11 @@ class LayerGroup:
         self.written: tuple[torch.Size, torch.Size] | None = None
         self.seen: tuple[PagedKV, PagedKV] | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the blocks that its rows hold, shared ones once."""
+        return len(np.unique(self.tables.tokens_in_blocks()[0])) * self.pool.block_bytes
+
     def plan(self, call: Call) -> Step:
         """Blocks, slots and tensors for `call`; the first layer that asks does the work."""
         if self.call is call and self.step is not None:

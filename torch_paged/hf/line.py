@@ -31,6 +31,7 @@ class Place:
         enough: while it waits, whether it finds what it needs.
         holds: while it waits, whether it keeps blocks that others could use.
         tried: bytes that were free when it last went on, and has not got through a pass since.
+        num_left: calls that were over when its last pass began.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Place:
     enough: Callable[[], bool] | None = None
     holds: bool = False
     tried: int | None = None
+    num_left: int = 0
 
     @property
     def may_free(self) -> bool:
@@ -65,6 +67,7 @@ class Line:
         self._free_bytes = free_bytes
         self._places: list[Place] = []
         self._count = 0
+        self._num_left = 0
         # What each thread computes for.
         self._of_thread: dict[int, Place] = {}
 
@@ -72,7 +75,7 @@ class Line:
         """A place behind all others."""
         with self._changed:
             self._count += 1
-            place = Place(self._count, threading.get_ident(), seen=time.monotonic())
+            place = Place(self._count, threading.get_ident(), seen=time.monotonic(), num_left=self._num_left)
             self._places.append(place)
             return place
 
@@ -81,6 +84,7 @@ class Line:
         with self._changed:
             if place in self._places:
                 self._places.remove(place)
+                self._num_left += 1
             self._changed.notify_all()
 
     def move_back(self, place: Place) -> None:
@@ -127,7 +131,7 @@ class Line:
     def pass_begins(self) -> None:
         """This thread is in a forward pass from now on."""
         if (place := self._of_thread.get(threading.get_ident())) is not None:
-            place.in_pass = True
+            place.in_pass, place.num_left = True, self._num_left
 
     def pass_ends(self, *, whole: bool) -> None:
         """Not any more; `whole` if it came to its end."""
@@ -145,10 +149,13 @@ class Line:
 
     @property
     def has_others(self) -> bool:
-        """Whether other threads are in calls beside this thread's."""
+        """Whether other threads are in calls beside this thread's, or were when its last pass began.
+
+        What they gave back meanwhile is worth another try.
+        """
         with self._changed:
             place = self._of_thread.get(threading.get_ident())
-            return place is not None and bool(self._others(place))
+            return place is not None and self._had_others(place)
 
     @property
     def others_wait(self) -> bool:
@@ -175,7 +182,7 @@ class Line:
         """
         with self._changed:
             place = self._of_thread.get(threading.get_ident())
-            if place is None or not self._others(place):
+            if place is None or not self._had_others(place):
                 return False
             place.enough, place.holds = enough, holds
             before, hoped = self._free_bytes(), time.monotonic()
@@ -195,6 +202,9 @@ class Line:
     def _others(self, place: Place) -> list[Place]:
         """Of other threads. What this thread keeps besides cannot come free while it waits."""
         return [other for other in self._places if other.thread != place.thread]
+
+    def _had_others(self, place: Place) -> bool:
+        return bool(self._others(place)) or place.num_left != self._num_left
 
     def _may_go(self, place: Place) -> bool:
         assert place.enough is not None

@@ -78,6 +78,10 @@ class Pools:
             pool.num_cached * pool.block_bytes for pool in pools
         )
 
+    def largest_block(self) -> int:
+        """Bytes of the largest block that rows are in."""
+        return max((pool.block_bytes for pool in self._with_blocks()), default=0)
+
     def have_room(self, seq_lens: np.ndarray, num_tokens: np.ndarray, besides: dict[Pool, int] | None = None) -> bool:
         """Whether rows of these lengths, int64 `[rows]`, can grow by so many tokens that share nothing; with the lock.
 

@@ -32,10 +32,12 @@ class Part:
 
     Attributes:
         chosen: int64 `[rows, columns]`, their prompts and the tokens that they have got already, and get again.
+        need: bytes with which they would have got further.
     """
 
     rows: range
     chosen: Tensor | None = None
+    need: int = 0
 
     def halves(self, unit: int) -> list[Part]:
         half = len(self.rows) // unit // 2 * unit
@@ -109,13 +111,14 @@ class SubBatches:
                 continue
             except PoolExhausted as error:
                 exhausted = error.with_traceback(None)
+                part.need = max(part.need, self._fresh.needed(error))
             finally:
                 state.divides = False
             self._begin_anew()
             if len(part.rows) > unit:
                 self._tell()
                 waiting[:0] = part.halves(unit)
-            elif self._fresh.wait():
+            elif self._fresh.wait(part.need):
                 waiting[:0] = [part]
             else:
                 raise exhausted
