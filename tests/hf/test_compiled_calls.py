@@ -144,6 +144,17 @@ def test_distances_in_columns(name: str, caplog: pytest.LogCaptureFixture) -> No
     assert graphs.runs == 2 * 23 + 1 and any("has holes" in said for said in messages(caplog))
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_experts(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Which tokens an expert computes depends on data; the products are one op over all of them."""
+    model = tiny_causal(name)
+    stock, graphs = twin(model), Graphs()
+    torch_paged.patch(model, compile={"backend": graphs}, block_size=4)
+    for _ in range(2):
+        assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED), prompt=RAGGED)
+    assert graphs.compiled == 2 and graphs.runs == 2 * 23 + 1 and messages(caplog) == []
+
+
 def test_control_flow_that_depends_on_data(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("llama")
     stock, graphs = twin(model), Graphs()

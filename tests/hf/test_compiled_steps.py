@@ -138,6 +138,32 @@ def test_number_of_graphs() -> None:
     assert handle.stats().blocks_used == 0
 
 
+def test_prefills_tell_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels plan by it: the number of all tokens would be a bound too, of many times as much work."""
+    model = tiny("llama")
+    lengths: list[int] = []
+    graphs = []
+
+    class Looking(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if target is torch.ops.paged.attention.default:
+                lengths.append(args[6])
+            return super().call_function(target, args, kwargs)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return Looking(graph).run
+
+    torch_paged.patch(model, compile={"backend": backend}, block_size=4, share_prompts=False)
+    generate(model, RAGGED, eos_token_id=None, max_new_tokens=2)
+    assert lengths == [1] * 3
+    for prompts, longest in ((RAGGED, 20), (batch([3, 31, 7, 31]), 31), (ALONE, 17), (batch([2, 2]), 2)):
+        lengths.clear()
+        generate(model, prompts, eos_token_id=None, max_new_tokens=1)
+        assert lengths == [longest] * 3
+    assert len(graphs) == 2
+
+
 def test_rows_that_leave_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     stock = twin(model)

@@ -107,7 +107,8 @@ class Compiled:
         fill = is_decode and fills_up(keep.device)
         for group, shared in view.groups:
             step = filled_step(group.plan(call)) if fill else group.plan(call)
-            shared.step, shared.is_decode = _prepared(step, is_decode), is_decode
+            shared.step = _prepared(step, is_decode)
+            shared.longest = None if is_decode else _as_size(step.max_query_len)
             shared.holes = cache.state.columns.holes
         view.cache.columns = torch.tensor(cache.state.columns.count - call.width)
         given = {"input_ids", "position_ids", "use_cache"}
@@ -200,6 +201,13 @@ def _prepared(step: Step, is_decode: bool) -> Step:
         if len(seq_lens) > 1:
             _mark_dynamic(tensor, 0)
     return Step(block_table, seq_lens, starts, step.slot_mapping, None, 0)
+
+
+def _as_size(number: int) -> Tensor:
+    # PyTorch compiles a size of 1 apart from all others.
+    tensor = torch.empty(0, max(number, 2))
+    _mark_dynamic(tensor, 1)
+    return tensor
 
 
 def _mark_dynamic(tensor: Tensor, *dims: int) -> None:

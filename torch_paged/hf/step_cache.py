@@ -24,13 +24,14 @@ class StepGroup:
 
     Attributes:
         step: of the pass that is about to run; None between passes.
-        is_decode: every sequence has one query.
+        longest: `[0, n]` where a sequence has up to n queries: a number that may change without compiling anything is
+            the size of a tensor. None in a decode step, whose sequences have one each.
         holes: a column that is not stored stands after one that is, so that distances in columns and tokens differ.
     """
 
     def __init__(self) -> None:
         self.step: Step | None = None
-        self.is_decode = True
+        self.longest: Tensor | None = None
         self.holes = False
 
 
@@ -92,7 +93,7 @@ class StepLayer(CacheLayerMixin):  # type: ignore[misc]
             step.block_table,
             step.seq_lens,
             step.cu_seqlens_q,
-            1 if self.shared.is_decode else rows.shape[0],
+            1 if self.shared.longest is None else self.shared.longest.shape[1],
             scale=scaling,
             sliding_window=sliding_window,
             softcap=softcap or 0.0,
