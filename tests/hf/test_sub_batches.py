@@ -21,7 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import torch_paged
 from torch_paged import PoolExhausted
-from torch_paged.hf import pressure
+from torch_paged.hf import pressure, turns
+from torch_paged.hf.call import NeedsOwnAttention
 from torch_paged.hf.sub_batches import SubBatches
 
 from .counting import messages
@@ -305,6 +306,24 @@ def test_a_streamer_gets_every_token_once(kwargs: dict[str, Any]) -> None:
     pressed(stock, inputs, options)
     expected, _, actual = streamers
     assert actual.got == expected.got and actual.ends == expected.ends == 1
+
+
+def test_rows_begin_anew_where_turns_turn_out_to_need_the_models_own_attention() -> None:
+    stock, inputs = tiny("llama"), batch(LENGTHS)
+    left = 5
+    packed_call = turns.packed_call
+
+    def refuses(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise NeedsOwnAttention("planted")
+        return packed_call(*args)
+
+    with mock.patch.object(turns, "packed_call", refuses):
+        expected, actual, attempts = pressed(stock, inputs, lambda: dict(max_new_tokens=NEW, eos_token_id=None))
+    assert attempts > 1 and left == 0
+    assert torch.equal(expected, actual)
 
 
 def test_a_recurrent_row_alone_waits_for_other_threads() -> None:

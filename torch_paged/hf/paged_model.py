@@ -219,16 +219,17 @@ def _announced_call(
     around: Any = None,
 ) -> Any:
     """`_paged_call`, again where blocks run out and calls of other threads free some."""
+    call = functools.partial(_paged_call, base, handle, model, named, args, kwargs, compile_config, around)
     cache = named.get("past_key_values")
     if not isinstance(cache, PagedCache) or not cache.made_by_generate:
-        return _paged_call(base, handle, model, named, args, kwargs, compile_config, around)
+        return call()
     if cache.state.num_seqs is None:
         cache.state.pools.line.wait_behind()
     random_state = RandomState() if model.training else None
     pads_kept = cache.state.refusal if cache.state.keeps_pads else None
     while True:
         try:
-            return _paged_call(base, handle, model, named, args, kwargs, compile_config, around)
+            return call()
         except PoolExhausted:
             if not wait_for_others(cache, named, native=handle.support(model).path is Path.NATIVE):
                 raise

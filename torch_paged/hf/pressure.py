@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention
 from torch_paged.hf.fresh_cache import paged_part
 from torch_paged.hf.joined import sequences_of
+from torch_paged.hf.loop import Loop
 from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import pack_problem, rope_problem
 from torch_paged.hf.progress import Progress
@@ -65,67 +67,53 @@ def sample(
         PoolExhausted: nobody else can free blocks, and not even one row fits, or all rows are needed at once, which it
             says then; or `on_pressure="error"`.
     """
-    stock = functools.partial(stock, generation_config=generation_config)
-    cache, model = paged_part(kwargs.get("past_key_values")), forward.model
-    if cache is None or cache.config.on_pressure == "error":
-        return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
     inputs = {name: value for name, value in kwargs.items() if name != "streamer"}
-    if (reason := _undivided(cache, model, inputs, generation_config)) is not None:
-        with _saying(reason, len(input_ids)):
-            return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
-    streamer = Streamed(kwargs["streamer"]) if kwargs.get("streamer") is not None else None
-    sub_batches = SubBatches(
-        stock, model, input_ids, logits_processor, stopping_criteria, inputs, _teller(handle, model, generation_config)
-    )
-    if _goes_on(cache, model, generation_config, input_ids, logits_processor, stopping_criteria, inputs):
-        result = _in_turns_or_waves(
-            stock, handle, forward, input_ids, logits_processor, stopping_criteria, generation_config, streamer, inputs,
-            sub_batches,
-        )  # fmt: skip
-    else:
-        result = sub_batches.sample(generation_config, streamer=streamer)
-    if streamer is not None:
-        streamer.finish(sequences_of(result)[:, input_ids.shape[1] :])
+    loop = Loop(
+        functools.partial(stock, generation_config=generation_config), forward.model, input_ids, logits_processor,
+        stopping_criteria, generation_config, inputs,
+    )  # fmt: skip
+    if (given := kwargs.get("streamer")) is None:
+        return _sample(loop, handle, forward, None)
+    streamer = Streamed(given)
+    result = _sample(loop, handle, forward, streamer)
+    streamer.finish(sequences_of(result)[:, input_ids.shape[1] :])
     return result
 
 
-def _in_turns_or_waves(
-    stock: Callable[..., Any],
-    handle: PagedHandle,
-    forward: Forward,
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: Any,
-    kwargs: dict[str, Any],
-    sub_batches: SubBatches,
-) -> Any:
-    """`sample`, of rows that can go on from the tokens they have."""
-    cache: PagedCache = kwargs["past_key_values"]
-    progress = Progress(criteria, input_ids)
-    mask = kwargs.get("attention_mask")
+def _sample(loop: Loop, handle: PagedHandle, forward: Forward, streamer: Streamed | None) -> Any:
+    """`sample`; a streamer has got what rows could do beside one another."""
+    streaming = {} if streamer is None else {"streamer": streamer}
+    if (cache := _dividable(loop)) is None:
+        return loop(**streaming)
+    if (reason := _undivided(cache, loop)) is not None:
+        with _saying(reason, len(loop.input_ids)):
+            return loop(**streaming)
+    sub_batches = SubBatches(loop, _teller(handle, loop))
+    if not _goes_on(cache, loop):
+        return sub_batches.sample(streaming)
+    progress = Progress(loop.criteria, loop.input_ids)
+    mask = loop.inputs.get("attention_mask")
     # A mask of any dtype, as stock takes it.
-    mask = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
+    mask = torch.ones_like(loop.input_ids) if mask is None else (mask != 0).long()
     begun = mask.any(dim=1)
-    take_turns = _packs(handle, forward, cache) and bool(begun.all()) and works_row_by_row(processors, criteria)
+    known = works_row_by_row(loop.processors, loop.criteria)
+    take_turns = _packs(handle, forward, cache) and bool(begun.all()) and known
     # A single row of which it is not known goes on as it is, once other threads have freed blocks for it.
-    cache.state.divides = take_turns or len(input_ids) > 1
+    cache.state.divides = take_turns or len(loop.input_ids) > 1
     try:
-        return stock(input_ids, processors, progress, **kwargs, **({} if streamer is None else {"streamer": streamer}))
+        return replace(loop, criteria=progress)(**streaming)
     except PoolExhausted:
         if not cache.state.divides:
             raise
     finally:
         cache.state.divides = False
-    kwargs = kwargs | {"attention_mask": pad(mask, (0, progress.ids.shape[1] - mask.shape[1]), value=1)}
-    if take_turns:
-        try:
-            turns = Turns(forward.model, cache, processors, criteria, config)
-            return turns.run(progress.ids, kwargs["attention_mask"], ~progress.done)
-        except NeedsOwnAttention:
-            return sub_batches.sample(config, progress.ids)
-    return in_waves(stock, cache, processors, criteria, progress.ids, progress.done, config, kwargs, begun)
+    mask = pad(mask, (0, progress.ids.shape[1] - mask.shape[1]), value=1)
+    if not take_turns:
+        return in_waves(loop, cache, progress, mask, begun)
+    try:
+        return Turns(loop, cache).run(progress.ids, mask, ~progress.done)
+    except NeedsOwnAttention:
+        return sub_batches.sample({}, progress.ids)
 
 
 def beam_search(
@@ -148,15 +136,13 @@ def beam_search(
     Raises:
         PoolExhausted: as in `sample`; the beams of one prompt are never divided.
     """
-    cache = paged_part(kwargs.get("past_key_values"))
-    if cache is None or cache.config.on_pressure == "error":
-        return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
-    if (reason := _undivided(cache, model, kwargs, generation_config)) is not None:
+    loop = Loop(stock, model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+    if (cache := _dividable(loop)) is None:
+        return loop()
+    if (reason := _undivided(cache, loop)) is not None:
         with _saying(reason, len(input_ids) // generation_config.num_beams):
-            return stock(input_ids, logits_processor, stopping_criteria, **kwargs)
-    tell = _teller(handle, model, generation_config)
-    sub_batches = SubBatches(stock, model, input_ids, logits_processor, stopping_criteria, kwargs, tell)
-    return sub_batches.beam_search(generation_config)
+            return loop()
+    return SubBatches(loop, _teller(handle, loop)).beam_search()
 
 
 def wait_for_others(cache: PagedCache, inputs: dict[str, Any], *, native: bool) -> bool:
@@ -203,19 +189,23 @@ def _packs(handle: PagedHandle, forward: Forward, cache: PagedCache) -> bool:
     return pack_problem(forward, cache) is None
 
 
-def _undivided(
-    cache: PagedCache, model: PreTrainedModel, kwargs: dict[str, Any], config: GenerationConfig
-) -> str | None:
+def _dividable(loop: Loop) -> PagedCache | None:
+    """The paged cache of a loop, where blocks that run out are not an error at once."""
+    cache = paged_part(loop.inputs.get("past_key_values"))
+    return None if cache is None or cache.config.on_pressure == "error" else cache
+
+
+def _undivided(cache: PagedCache, loop: Loop) -> str | None:
     """Why all rows are needed at once, or None."""
     if not cache.made_by_generate or cache.state.num_seqs is not None:
         return "the cache that was passed is to hold all of them"
-    if config.is_assistant:
+    if loop.config.is_assistant:
         return "another model goes on with them"
-    if kwargs.get("synced_gpus"):
+    if loop.inputs.get("synced_gpus"):
         return "devices run in step"
-    if names := unknown_inputs(kwargs):
+    if names := unknown_inputs(loop.inputs):
         return f"{', '.join(names)} may belong to several of them"
-    return rope_problem(model, config.max_length)
+    return rope_problem(loop.model, loop.config.max_length)
 
 
 @contextmanager
@@ -229,42 +219,34 @@ def _saying(reason: str, num_rows: int) -> Iterator[None]:
         raise error.because(reason) from None
 
 
-def _teller(handle: PagedHandle, model: PreTrainedModel, config: GenerationConfig) -> Callable[[], None]:
+def _teller(handle: PagedHandle, loop: Loop) -> Callable[[], None]:
     """What tells the user that rows are divided where he may notice."""
 
     def tell() -> None:
         reason = "a batch did not fit max_memory and runs as several"
-        if config.return_dict_in_generate:
+        if loop.config.return_dict_in_generate:
             handle.tell(f"{reason}, with return_dict_in_generate", "past_key_values is None, steps after an end are 0")
-        if has_row_hooks(model):
+        if has_row_hooks(loop.model):
             handle.tell(f"{reason}, with forward hooks", "hooks see fewer rows, in other places than in the batch")
 
     return tell
 
 
-def _goes_on(
-    cache: PagedCache,
-    model: PreTrainedModel,
-    config: GenerationConfig,
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    kwargs: dict[str, Any],
-) -> bool:
+def _goes_on(cache: PagedCache, loop: Loop) -> bool:
     """Whether a row that loses its blocks can go on from the tokens it has; else it begins anew."""
-    if not cache.all_paged or not isinstance(kwargs["past_key_values"], PagedCache):
+    if not cache.all_paged or not isinstance(loop.inputs["past_key_values"], PagedCache):
         return False
-    if config.return_dict_in_generate or config.prefill_chunk_size:
+    if loop.config.return_dict_in_generate or loop.config.prefill_chunk_size:
         return False
-    if keep_state(processors) or not end_alone(criteria):
+    if keep_state(loop.processors) or not end_alone(loop.criteria):
         return False
-    if any(name not in _INPUTS and value is not None and value is not False for name, value in kwargs.items()):
+    if any(name not in _INPUTS and value is not None and value is not False for name, value in loop.inputs.items()):
         return False
-    if training_reason(model) or has_row_hooks(model):
+    if training_reason(loop.model) or has_row_hooks(loop.model):
         return False
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, positions = loop.inputs.get("attention_mask"), loop.inputs.get("position_ids")
     if mask is not None:
-        if mask.shape != input_ids.shape:
+        if mask.shape != loop.input_ids.shape:
             return False
         mask = (mask != 0).long()
         if bool((mask[:, :-1] > mask[:, 1:]).any()):

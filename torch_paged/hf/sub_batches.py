@@ -12,13 +12,13 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    PreTrainedModel,
     StoppingCriteriaList,
 )
 
 from torch_paged.hf.chosen import Chosen
 from torch_paged.hf.fresh_cache import FreshCache
 from torch_paged.hf.joined import joined, sequences_of
+from torch_paged.hf.loop import Loop
 from torch_paged.hf.progress import Progress
 from torch_paged.hf.row_by_row import as_they_are, end_alone, for_rows
 from torch_paged.hf.row_hooks import hooks_of
@@ -53,30 +53,21 @@ class SubBatches:
     What a row gets does not depend on the rows beside it, so that greedy tokens are those of the whole batch.
 
     Args:
-        run: `_sample` or `_beam_search` of the model's stock class, bound.
-        inputs: of `run`, besides `input_ids`, processors and criteria; with an empty cache.
+        loop: `_sample` or `_beam_search`.
         tell: called when rows are divided.
     """
 
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        inputs: dict[str, Any],
-        tell: Callable[[], None],
-    ) -> None:
-        self._run, self._model, self._ids, self._inputs = run, model, input_ids, inputs
-        self._processors, self._criteria, self._tell = as_they_are(processors), criteria, tell
-        self._fresh, self._used = FreshCache(inputs["past_key_values"]), False
+    def __init__(self, loop: Loop, tell: Callable[[], None]) -> None:
+        self._loop, self._ids, self._inputs, self._tell = loop, loop.input_ids, loop.inputs, tell
+        self._processors, self._criteria = as_they_are(loop.processors), loop.criteria
+        self._fresh, self._used = FreshCache(loop.inputs["past_key_values"]), False
+        self._streaming: dict[str, Any] = {}
 
-    def sample(self, config: GenerationConfig, chosen: Tensor | None = None, streamer: Any = None) -> Any:
+    def sample(self, streaming: dict[str, Any], chosen: Tensor | None = None) -> Any:
         """`_sample`.
 
         Args:
-            streamer: of the first try, in which all rows run.
+            streaming: more arguments of the first try, in which all rows run.
             chosen: int64 `[rows, columns]`, the prompts and what was chosen for them already, by a loop that failed.
 
         Returns: sequences or an output of stock's, as `joined` joins them.
@@ -84,17 +75,17 @@ class SubBatches:
         Raises:
             PoolExhausted: one row alone does not fit.
         """
-        self._streamer = streamer
+        self._streaming, self._used = streaming, chosen is not None
         done = self._run_parts([Part(range(len(self._ids)), chosen)], 1, self._sample_part)
         if len(done) > 1 and not end_alone(self._criteria):
             done = self._go_on(done)
-        pad: Any = config._pad_token_tensor
-        return self._joined(done, 0 if pad is None else int(pad))
+        return self._joined(done, self._loop.pad_token)
 
-    def beam_search(self, config: GenerationConfig) -> Any:
+    def beam_search(self) -> Any:
         """`_beam_search`; raises PoolExhausted where the beams of one prompt do not fit."""
-        parts = [Part(range(len(self._ids)))]
-        return self._joined(self._run_parts(parts, config.num_beams, self._beam_part), _beam_fill(config))
+        config = self._loop.config
+        done = self._run_parts([Part(range(len(self._ids)))], config.num_beams, self._beam_part)
+        return self._joined(done, _beam_fill(config))
 
     def _run_parts(self, waiting: list[Part], unit: int, run: Callable[[Part], Any]) -> list[tuple[Part, Any]]:
         """What each part gave, in their order."""
@@ -106,7 +97,7 @@ class SubBatches:
                 self._begin_anew()
             self._used, state.divides = True, len(part.rows) > unit
             try:
-                with hooks_of(self._model, part.rows, len(self._ids)):
+                with hooks_of(self._loop.model, part.rows, len(self._ids)):
                     done.append((part, run(part)))
                 continue
             except PoolExhausted as error:
@@ -150,9 +141,8 @@ class SubBatches:
         ids = self._ids[part.rows.start : part.rows.stop]
         progress = Progress(self._criteria, ids, chosen)
         try:
-            streaming = {} if self._streamer is None else {"streamer": self._streamer}
-            self._streamer = None
-            result = self._run(ids, processors, progress, **streaming, **self._inputs_of(part.rows))
+            streaming, self._streaming = self._streaming, {}
+            result = self._loop.run(ids, processors, progress, **streaming, **self._inputs_of(part.rows))
         except PoolExhausted:
             if part.chosen is None or progress.ids.shape[1] > part.chosen.shape[1]:
                 part.chosen = progress.ids
@@ -163,7 +153,7 @@ class SubBatches:
 
     def _beam_part(self, part: Part) -> Any:
         ids = self._ids[part.rows.start : part.rows.stop]
-        return self._run(ids, self._processors_of(part.rows), self._criteria, **self._inputs_of(part.rows))
+        return self._loop.run(ids, self._processors_of(part.rows), self._criteria, **self._inputs_of(part.rows))
 
     def _processors_of(self, rows: range) -> LogitsProcessorList:
         return for_rows(self._processors, rows, len(self._ids))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import heapq
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from torch_paged.hf.beginning import Beginning, Beginnings
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.group import LayerGroup
+from torch_paged.hf.loop import Loop
 from torch_paged.hf.packed import packed_call
 from torch_paged.hf.row_by_row import for_rows
 from torch_paged.hf.swapped_row import Swapped, swap_out
@@ -54,16 +53,8 @@ class Turns:
     Source: admission and preemption as in PagedAttention's scheduler, arXiv 2309.06180, section 4.5.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: PagedCache,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-    ) -> None:
-        self._model, self._cache = model, cache
-        self._processors, self._criteria, self._config = processors, criteria, config
+    def __init__(self, loop: Loop, cache: PagedCache) -> None:
+        self._model, self._cache, self._loop = loop.model, cache, loop
         self._swaps = cache.config.on_pressure == "swap"
         self._line = cache.state.pools.line
         self._running: dict[int, _Rows] = {}  # by columns
@@ -106,7 +97,7 @@ class Turns:
             # A traceback keeps this object alive, and with it what swapped rows hold.
             self._swapped.clear()
         return torch.nn.utils.rnn.pad_sequence(
-            [self._ids[row] for row in range(len(ids))], batch_first=True, padding_value=self._pad_token()
+            [self._ids[row] for row in range(len(ids))], batch_first=True, padding_value=self._loop.pad_token
         )
 
     def _step(self) -> None:
@@ -151,13 +142,13 @@ class Turns:
                 continue
             each = each.take(whole)
             scores = logits[[at[row] for row in each.rows]].to(copy=True, dtype=torch.float32, device=each.ids.device)
-            scores = for_rows(self._processors, each.rows, len(self._pads))(each.ids, scores)
-            if self._config.do_sample:
+            scores = for_rows(self._loop.processors, each.rows, len(self._pads))(each.ids, scores)
+            if self._loop.config.do_sample:
                 tokens = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
             else:
                 tokens = torch.argmax(scores, dim=-1, keepdim=True)
             each.ids = torch.cat([each.ids, tokens], dim=-1)
-            chosen.append((each, self._criteria(each.ids, None)))
+            chosen.append((each, self._loop.criteria(each.ids, None)))
         # The host waits once for all of them.
         ended = torch.cat([done for _, done in chosen]).tolist() if chosen else []
         for each, _ in chosen:
@@ -293,10 +284,6 @@ class Turns:
 
     def _groups(self) -> list[LayerGroup]:
         return list(self._cache.state.groups.values())
-
-    def _pad_token(self) -> int:
-        pad: Any = self._config._pad_token_tensor
-        return 0 if pad is None else int(pad)
 
 
 def _places(each: _Rows) -> list[tuple[int, int]]:

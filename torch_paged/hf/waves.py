@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from torch_paged.hf.cache import PagedCache
+from torch_paged.hf.loop import Loop
 from torch_paged.hf.progress import Progress
 from torch_paged.hf.row_by_row import for_rows
 from torch_paged.memory import PoolExhausted
 
 
-def in_waves(
-    run: Callable[..., Tensor],
-    cache: PagedCache,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    ids: Tensor,
-    done: Tensor,
-    config: GenerationConfig,
-    kwargs: dict[str, Any],
-    begun: Tensor,
-) -> Tensor:
+def in_waves(loop: Loop, cache: PagedCache, reached: Progress, mask: Tensor, begun: Tensor) -> Tensor:
     """Decode the rows that go on in sub-batches, half as large whenever one runs out of blocks.
 
     A sub-batch begins by computing what its rows have so far, and keeps what it has reached when it is divided.
 
     Args:
-        run: `_sample` of the model's stock class.
-        ids: int64 `[rows, columns]`, all tokens so far.
-        done: bool `[rows]`, rows that have ended.
-        kwargs: of `run`, with the `attention_mask` of these columns.
+        loop: `_sample`.
+        reached: how far it came with all rows.
+        mask: int64 `[rows, columns]`, 0 for the padding on the left of these columns.
         begun: bool `[rows]`, rows whose prompts are not padding alone; stock counts positions of others from one.
 
     Raises:
         PoolExhausted: one row alone does not fit.
     """
-    mask = kwargs["attention_mask"]
+    ids, done = reached.ids, reached.done
     ended = {row: ids[row] for row in torch.nonzero(done).flatten().tolist()}
     going = torch.nonzero(~done).flatten().tolist()
     half = -(-len(going) // 2)
@@ -48,14 +34,14 @@ def in_waves(
     while waves:
         rows, part, seen = waves.pop(0)
         cache.reset()
-        progress = Progress(criteria, part)
+        progress = Progress(loop.criteria, part)
         cache.state.divides = len(rows) > 1
         try:
-            given = kwargs | {"attention_mask": seen}
-            if kwargs.get("position_ids") is not None:
+            given = loop.inputs | {"attention_mask": seen}
+            if loop.inputs.get("position_ids") is not None:
                 counted = seen.cumsum(1) - begun[rows][:, None].to(seen)
                 given["position_ids"] = (counted * seen).clamp(min=0)
-            result = run(part, for_rows(processors, rows, len(ids)), progress, **given)
+            result = loop.run(part, for_rows(loop.processors, rows, len(ids)), progress, **given)
         except PoolExhausted:
             if len(rows) == 1:
                 raise
@@ -69,7 +55,6 @@ def in_waves(
             ended |= dict(zip(rows, result, strict=True))
         finally:
             cache.state.divides = False
-    pad: Any = config._pad_token_tensor
     return torch.nn.utils.rnn.pad_sequence(
-        [ended[row] for row in range(len(ids))], batch_first=True, padding_value=0 if pad is None else int(pad)
+        [ended[row] for row in range(len(ids))], batch_first=True, padding_value=loop.pad_token
     )
