@@ -23,7 +23,7 @@ import torch_paged
 from torch_paged import PoolExhausted
 from torch_paged.hf import pressure, turns
 from torch_paged.hf.call import NeedsOwnAttention
-from torch_paged.hf.sub_batches import SubBatches
+from torch_paged.hf.sub_batches import Part, SubBatches
 
 from .counting import messages
 from .models import EOS, VOCAB, assert_same_tokens, batch, generate, tiny, tiny_t5, twin
@@ -381,6 +381,33 @@ def test_samples_that_ran_out_are_not_drawn_anew() -> None:
         assert handle.stats().blocks_used == 0
     share = ended / (rows * rounds)
     assert abs(share - 0.5) < 4 * (0.25 / (rows * rounds)) ** 0.5
+
+
+def test_beams_that_ran_out_are_not_drawn_anew() -> None:
+    """Sub-batches begin with what the whole batch had drawn, and go on from there."""
+    stock, inputs, options = tiny("llama"), batch(LENGTHS), dict(max_new_tokens=12, eos_token_id=None, num_beams=3)
+    tries: list[tuple[range, list[Tensor]]] = []
+    of_part = SubBatches._beam_part
+
+    def noted(self: SubBatches, part: Part) -> Any:
+        try:
+            return of_part(self, part)
+        finally:
+            assert part.beams is not None
+            tries.append((part.rows, part.beams.steps))
+
+    with mock.patch.object(SubBatches, "_beam_part", noted):
+        expected, actual, attempts = pressed(stock, inputs, lambda: options | DICT | {"do_sample": True})
+    assert attempts > 2 and actual.sequences.shape == expected.sequences.shape
+    (_, whole), *parts = tries[1:]  # the first had memory for all
+    assert 0 < len(whole) < 12 == len(parts[-1][1])
+    for rows, steps in parts:
+        for before, after in zip(whole, steps, strict=False):
+            assert torch.equal(before[rows.start // 3 : rows.stop // 3], after)
+    # The scores of a step are those of the beams that were drawn: they add up to that of the sequence.
+    scores = stock.compute_transition_scores(actual.sequences, actual.scores, actual.beam_indices)
+    length = (actual.beam_indices >= 0).sum(1)
+    torch.testing.assert_close(scores.sum(1) / length, actual.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
 def test_the_user_hears_of_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from torch_paged.hf.announce import announced, make_call
 from torch_paged.hf.around import compiling_around, runs_in_python, satisfy_fullgraph
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call, NeedsOwnAttention, current
+from torch_paged.hf.chosen_beams import continuations
 from torch_paged.hf.compiled import is_plain
 from torch_paged.hf.decode_step import run_decode_step
 from torch_paged.hf.disguise import disguise
@@ -177,6 +178,13 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
 
         Paged._beam_search = _beam_search
         Paged._beam_search_has_unfinished_sequences = staticmethod(unfinished)
+
+    if hooks["_get_top_k_continuations"]:
+
+        def _get_top_k_continuations(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return continuations(functools.partial(base._get_top_k_continuations, self), args, kwargs)
+
+        Paged._get_top_k_continuations = _get_top_k_continuations
 
     if base._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation:
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from torch_paged.hf.chosen import Chosen
+from torch_paged.hf.chosen_beams import ChosenBeams, choosing
 from torch_paged.hf.fresh_cache import FreshCache
 from torch_paged.hf.joined import joined, sequences_of
 from torch_paged.hf.loop import Loop
@@ -32,19 +33,23 @@ class Part:
 
     Attributes:
         chosen: int64 `[rows, columns]`, their prompts and the tokens that they have got already, and get again.
+        beams: what their beams have drawn already, and draw again.
         need: bytes with which they would have got further.
     """
 
     rows: range
     chosen: Tensor | None = None
+    beams: ChosenBeams | None = None
     need: int = 0
 
     def halves(self, unit: int) -> list[Part]:
-        half = len(self.rows) // unit // 2 * unit
-        first, second = slice(half), slice(half, None)
-        return [
-            Part(self.rows[each], None if self.chosen is None else self.chosen[each]) for each in (first, second)
-        ]  # fmt: skip
+        half = len(self.rows) // unit // 2
+        return [self._some(slice(half), unit), self._some(slice(half, None), unit)]
+
+    def _some(self, units: slice, unit: int) -> Part:
+        rows = slice(unit * (units.start or 0), None if units.stop is None else unit * units.stop)
+        chosen = None if self.chosen is None else self.chosen[rows]
+        return Part(self.rows[rows], chosen, None if self.beams is None else self.beams.of(units))
 
 
 class SubBatches:
@@ -84,7 +89,8 @@ class SubBatches:
     def beam_search(self) -> Any:
         """`_beam_search`; raises PoolExhausted where the beams of one prompt do not fit."""
         config = self._loop.config
-        done = self._run_parts([Part(range(len(self._ids)))], config.num_beams, self._beam_part)
+        whole = Part(range(len(self._ids)), beams=ChosenBeams() if config.do_sample else None)
+        done = self._run_parts([whole], config.num_beams, self._beam_part)
         return self._joined(done, _beam_fill(config))
 
     def _run_parts(self, waiting: list[Part], unit: int, run: Callable[[Part], Any]) -> list[tuple[Part, Any]]:
@@ -153,7 +159,9 @@ class SubBatches:
 
     def _beam_part(self, part: Part) -> Any:
         ids = self._ids[part.rows.start : part.rows.stop]
-        return self._loop.run(ids, self._processors_of(part.rows), self._criteria, **self._inputs_of(part.rows))
+        part.beams = None if part.beams is None else part.beams.of(slice(None))
+        with choosing(part.beams):
+            return self._loop.run(ids, self._processors_of(part.rows), self._criteria, **self._inputs_of(part.rows))
 
     def _processors_of(self, rows: range) -> LogitsProcessorList:
         return for_rows(self._processors, rows, len(self._ids))
