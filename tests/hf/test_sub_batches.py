@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +22,9 @@ import torch_paged
 from torch_paged import PoolExhausted
 from torch_paged.hf import pressure, turns
 from torch_paged.hf.call import NeedsOwnAttention
-from torch_paged.hf.sub_batches import Part, SubBatches
+from torch_paged.hf.sub_batches import SubBatches
 
-from .counting import messages
-from .models import EOS, VOCAB, assert_same_tokens, batch, generate, tiny, tiny_t5, twin
+from .models import VOCAB, assert_same_tokens, batch, generate, tiny, tiny_t5, twin
 from .raising import Raises
 from .test_pressure import LENGTHS, NEW, Scores
 from .test_row_hooks import adapted
@@ -72,84 +70,6 @@ def pressed(
         assert 0 < handle.stats().peak_bytes <= peak * share
         assert handle.stats().blocks_used == 0
     return expected, actual, attempts
-
-
-def assert_close(expected: Any, actual: Any) -> None:
-    """Tensors at every place of the same tuples."""
-    if isinstance(expected, tuple):
-        assert len(expected) == len(actual)
-        for one, other in zip(expected, actual, strict=True):
-            assert_close(one, other)
-    else:
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"do_sample": True, "top_k": 1}], ids=["greedy", "draws"])
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gpt2", "diffllama", "jamba"])
-def test_scores_and_logits_of_all_rows(name: str, kwargs: dict[str, Any]) -> None:
-    stock, inputs = tiny(name), batch(LENGTHS)
-    expected, actual, attempts = pressed(
-        stock, inputs, lambda: DICT | dict(max_new_tokens=NEW, eos_token_id=None) | kwargs
-    )
-    assert attempts > 2
-    assert torch.equal(expected.sequences, actual.sequences)
-    assert type(actual) is type(expected) and actual.past_key_values is None
-    assert_close(expected.scores, actual.scores)
-    assert_close(expected.logits, actual.logits)
-
-
-def test_steps_after_the_end_of_a_sub_batch_are_zeros() -> None:
-    stock, inputs = tiny("llama"), batch(LENGTHS, seed=3)
-    options = DICT | dict(max_new_tokens=NEW, eos_token_id=ENDS)
-    expected, actual, _ = pressed(stock, inputs, lambda: options)
-    assert torch.equal(expected.sequences, actual.sequences)
-    zeros = 0
-    for step, (one, other) in enumerate(zip(expected.logits, actual.logits, strict=True)):
-        for row in range(len(LENGTHS)):
-            tokens = expected.sequences[row, max(LENGTHS) : max(LENGTHS) + step]
-            if not other[row].any():
-                zeros += 1
-                assert torch.isin(tokens, torch.tensor(ENDS)).any()
-            else:
-                torch.testing.assert_close(other[row], one[row], rtol=1e-4, atol=1e-4)
-    assert zeros > 0
-
-
-@pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
-def test_hidden_states_and_attentions_of_all_rows(what: str) -> None:
-    stock, inputs = tiny("llama", attn_implementation="eager"), batch([12] * 5)
-    options = {"return_dict_in_generate": True, what: True, "max_new_tokens": NEW, "eos_token_id": None}
-    expected, actual, attempts = pressed(stock, inputs, lambda: options)
-    assert attempts > 1
-    assert torch.equal(expected.sequences, actual.sequences)
-    field = what.removeprefix("output_")
-    assert_close(expected[field], actual[field])
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"num_return_sequences": 2},
-        {"eos_token_id": ENDS, "early_stopping": True},
-        {"eos_token_id": ENDS, "length_penalty": -1.0},
-    ],
-    ids=["", "several", "early", "short"],
-)
-def test_beams_with_their_scores_and_indices(kwargs: dict[str, Any]) -> None:
-    stock, inputs = tiny("llama"), batch(LENGTHS)
-    options = DICT | dict(num_beams=3, max_new_tokens=12, eos_token_id=None) | kwargs
-    expected, actual, attempts = pressed(stock, inputs, lambda: options)
-    assert attempts > 1
-    assert torch.equal(expected.sequences, actual.sequences)
-    assert torch.equal(expected.beam_indices, actual.beam_indices)
-    torch.testing.assert_close(actual.sequences_scores, expected.sequences_scores)
-    assert [each.shape for each in actual.scores] == [each.shape for each in expected.scores]
-    scores = [
-        stock.compute_transition_scores(result.sequences, result.scores, result.beam_indices)
-        for result in (expected, actual)
-    ]
-    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
 
 def _steer(module: Any, args: Any, output: Any) -> Any:
@@ -351,70 +271,6 @@ def test_an_exception_in_a_sub_batch_leaks_nothing(at: int) -> None:
             generate(model, inputs, logits_processor=LogitsProcessorList([Raises(at)]), **options)
         assert handle.stats().blocks_used == 0
         assert torch.equal(generate(model, inputs, **options), generate(stock, inputs, **options))
-
-
-def test_samples_that_ran_out_are_not_drawn_anew() -> None:
-    """Two rows that end at once or stay, each with its probability: both at once fit, and are not preferred for it."""
-    stock = tiny("llama")
-    model, rows, rounds = twin(stock), 2, 300
-    inputs = {"input_ids": batch([9])["input_ids"].expand(rows, -1)}
-
-    def ends_or_stays(ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = torch.full_like(scores, -torch.inf)
-        chosen[:, 5] = 0.0
-        if ids.shape[1] == 9:
-            chosen[:, EOS] = 0.0
-        return chosen
-
-    options: dict[str, Any] = dict(max_new_tokens=8, do_sample=True, top_k=0, **DICT)
-    # The shared prompt, and one more block for each row; two for one that stays.
-    block_bytes = 3 * 2 * BLOCK * 2 * 16 * 4
-    ended = 0
-    with torch_paged.paged(model, block_size=BLOCK, max_memory=6 * block_bytes) as handle:
-        for seed in range(rounds):
-            processors = LogitsProcessorList([ends_or_stays])
-            result = generate(model, inputs, seed=seed, logits_processor=processors, **options)
-            assert all(torch.isneginf(scores).sum() >= VOCAB - 2 for scores in result.scores)
-            assert result.scores[0][:, [5, EOS]].eq(0).all(), "scores are those before the choice"
-            ended += int((result.sequences[:, 9] == EOS).sum())
-            del result  # which holds blocks, where both rows fit
-        assert handle.stats().blocks_used == 0
-    share = ended / (rows * rounds)
-    assert abs(share - 0.5) < 4 * (0.25 / (rows * rounds)) ** 0.5
-
-
-def test_beams_that_ran_out_are_not_drawn_anew() -> None:
-    """Sub-batches begin with what the whole batch had drawn, and go on from there."""
-    stock, inputs, options = tiny("llama"), batch(LENGTHS), dict(max_new_tokens=12, eos_token_id=None, num_beams=3)
-    tries: list[tuple[range, list[Tensor]]] = []
-    of_part = SubBatches._beam_part
-
-    def noted(self: SubBatches, part: Part) -> Any:
-        try:
-            return of_part(self, part)
-        finally:
-            assert part.beams is not None
-            tries.append((part.rows, part.beams.steps))
-
-    with mock.patch.object(SubBatches, "_beam_part", noted):
-        expected, actual, attempts = pressed(stock, inputs, lambda: options | DICT | {"do_sample": True})
-    assert attempts > 2 and actual.sequences.shape == expected.sequences.shape
-    (_, whole), *parts = tries[1:]  # the first had memory for all
-    assert 0 < len(whole) < 12 == len(parts[-1][1])
-    for rows, steps in parts:
-        for before, after in zip(whole, steps, strict=False):
-            assert torch.equal(before[rows.start // 3 : rows.stop // 3], after)
-    # The scores of a step are those of the beams that were drawn: they add up to that of the sequence.
-    scores = stock.compute_transition_scores(actual.sequences, actual.scores, actual.beam_indices)
-    length = (actual.beam_indices >= 0).sum(1)
-    torch.testing.assert_close(scores.sum(1) / length, actual.sequences_scores, rtol=1e-4, atol=1e-4)
-
-
-def test_the_user_hears_of_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "torch_paged"):
-        pressed(hooked(), batch(LENGTHS), lambda: DICT | dict(max_new_tokens=NEW, eos_token_id=None))
-    said = "\n".join(messages(caplog))
-    assert "past_key_values is None" in said and "hooks see fewer rows" in said
 
 
 def test_what_is_not_divided_says_why() -> None:
