@@ -14,15 +14,15 @@ import torch_paged
 from torch_paged.hf import line
 
 from . import many as requests
-from .models import batch, generate, tiny, twin
+from .models import batch, generate, tiny, tiny_t5, twin
 from .test_threads_pressure import KINDS, LIMIT, OPTIONS, Meets, assert_nothing_held, at_once
 
 
 @pytest.mark.parametrize("how", ["swap", "recompute"])
-@pytest.mark.parametrize("kind", ["turns", "waves", "lookup", "beams", "recurrent", "many"])
+@pytest.mark.parametrize("kind", ["turns", "waves", "lookup", "beams", "recurrent", "encoder-decoder", "many"])
 def test_blocks_that_came_free_before_they_were_waited_for(kind: str, how: str) -> None:
     """The other call ends between the moment when blocks run out and the one when this looks for whom to wait."""
-    stock = tiny("jamba" if kind == "recurrent" else "llama")
+    stock = tiny_t5() if kind == "encoder-decoder" else tiny("jamba" if kind == "recurrent" else "llama")
     model = twin(stock)
     kwargs = OPTIONS | KINDS.get({"waves": "processor"}.get(kind, kind), dict)()
     inputs = batch([12])
