@@ -155,6 +155,32 @@ def test_experts(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert graphs.compiled == 2 and graphs.runs == 2 * 23 + 1 and messages(caplog) == []
 
 
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_read_what_others_have_stored(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """They keep no state, so that rows are packed and passes compiled as in models without such layers."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds}
+    shared = shared if name == "gemma4_text" else {}
+    model = tiny_causal(name, **shared)
+    stock, graphs = twin(model), Graphs()
+    handle = torch_paged.patch(model, compile={"backend": graphs}, block_size=4, max_prefill_tokens=16)
+    assert not torch_paged.PagedCache(model.config).layers[-1].__class__.__name__.startswith("Paged")
+    many: dict[str, Any] = dict(eos_token_id=None, max_new_tokens=12)
+    computed = 0
+    for options, num_tokens in (
+        ({}, 34 + 3 * 11),
+        ({"num_beams": 3}, 34 + 9 * 11),
+        ({"do_sample": True, "num_return_sequences": 2}, 34 + 6 * 11),
+    ):
+        expected = generate(stock, RAGGED, **many, **options)
+        assert_same_tokens(stock, expected, generate(model, RAGGED, **many, **options), prompt=RAGGED)
+        assert handle.stats().tokens_computed - computed == num_tokens
+        computed += num_tokens
+        assert handle.stats().blocks_used == 0
+    # Steps, and prefills in pieces.
+    assert graphs.compiled == 2 and messages(caplog) == []
+
+
 def test_control_flow_that_depends_on_data(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("llama")
     stock, graphs = twin(model), Graphs()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from torch_paged.hf.call import Call
@@ -198,7 +198,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
     @property
     def all_paged(self) -> bool:
         """Whether no layer keeps a state of another kind, which table edits do not move."""
-        return all(isinstance(layer, PagedLayer) for layer in self.layers)
+        return all(isinstance(layer, (PagedLayer, *_WITHOUT_STATE)) for layer in self.layers)
 
     @property
     def paged_layers(self) -> list[PagedLayer]:
@@ -209,6 +209,10 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):
                 getattr(layer, method)(argument)
+
+
+# Layers that read what others have stored, as those of Gemma 3n; not in every transformers 5.
+_WITHOUT_STATE: tuple[type[Any], ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 
 
 def _sliding_window(layer: Any) -> int | None:

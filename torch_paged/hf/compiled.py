@@ -100,7 +100,7 @@ class Compiled:
             return None
         layers = cache.paged_layers
         if cache.step_view is None or not cache.step_view.is_of(layers):
-            cache.step_view = StepView(layers)
+            cache.step_view = StepView(cache.layers)
             repack_if_written(model.parameters())
         view = cache.step_view
         is_decode = int(call.num_tokens.max(initial=0)) <= 1
@@ -119,7 +119,8 @@ class Compiled:
                 _mark_dynamic(inputs[name], 1)
         wanted = None
         if not is_decode and "logits_to_keep" in _parameters(base):
-            wanted, keep = keep, keep if len(keep) > 1 else keep.repeat(2)
+            # Of a piece of a prompt no logits are wanted.
+            wanted, keep = keep, torch.nn.functional.pad(keep, (0, max(0, 2 - len(keep))))
             _mark_dynamic(keep, 0)
             inputs["logits_to_keep"] = keep
         call.is_compiled = True

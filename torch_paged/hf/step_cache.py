@@ -142,17 +142,18 @@ class StepView:
     """A PagedCache and its StepCache side by side.
 
     Args:
-        layers: of the PagedCache, each with a place in the pool.
+        layers: of the PagedCache, each with a place in the pool, or without a state.
     """
 
-    def __init__(self, layers: list[PagedLayer]) -> None:
-        self._groups = [layer.group for layer in layers]
+    def __init__(self, layers: list[Any]) -> None:
+        self._groups = [layer.group for layer in layers if hasattr(layer, "group")]
         self._shared: dict[int, tuple[LayerGroup, StepGroup]] = {}
         steps = []
         for layer in layers:
-            assert layer.group is not None
-            _, shared = self._shared.setdefault(id(layer.group), (layer.group, StepGroup()))
-            steps.append(StepLayer(layer, shared))
+            if hasattr(layer, "group"):
+                _, shared = self._shared.setdefault(id(layer.group), (layer.group, StepGroup()))
+                layer = StepLayer(layer, shared)
+            steps.append(layer)
         self.cache = StepCache(layers=steps)
 
     def is_of(self, layers: list[PagedLayer]) -> bool:
