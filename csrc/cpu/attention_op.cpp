@@ -39,10 +39,16 @@ void attend(const AttentionCall& call, const AttentionKernels& kernels, const Sp
   torch::stable::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       const AttentionWork* const end_of_thread = plan.work.data() + plan.thread_begin[thread + 1];
-      for (const AttentionWork* work = plan.work.data() + plan.thread_begin[thread]; work < end_of_thread; ++work) {
-        const AttendPiece attend_piece = rows_of(*work) <= kDecodeRows ? kernels.decode : kernels.prefill;
-        const AttentionWork* const following = work + 1 < end_of_thread ? work + 1 : nullptr;
-        attend_piece(call, *work, following, scratches + thread * scratch, partials);
+      float* const own = scratches + thread * scratch;
+      const AttentionWork* work = plan.work.data() + plan.thread_begin[thread];
+      while (work < end_of_thread) {
+        if (rows_of(*work) > kDecodeRows) {
+          kernels.prefill(call, *work++, own, partials);
+          continue;
+        }
+        const AttentionWork* const gang = work++;
+        while (work < end_of_thread && work - gang < kGang && differs_in_heads_alone(*gang, *work)) ++work;
+        kernels.decode(call, gang, work - gang, work < end_of_thread ? work : nullptr, own, partials);
       }
     }
   });

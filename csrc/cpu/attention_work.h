@@ -17,6 +17,7 @@ struct AttentionWork {
 };
 
 constexpr int64_t kDecodeRows = 8;  // up to this many rows read K and V in place
+constexpr int64_t kGang = 8;        // pieces of neighbouring heads that go through the same blocks together
 // Rows that share one packed tile of K and V. 2 cores of a 4th generation Xeon, prefill of 2,048 tokens, 32/8x128,
 // GFLOP/s with 64 and 128 rows: bfloat16 248 and 261, float32 220 and 236; of 512 tokens 226 and 246, 217 and 229.
 constexpr int64_t kPrefillRows = 128;
@@ -27,6 +28,11 @@ static inline int64_t padded(int64_t size) { return (size + kPadding - 1) / kPad
 
 static inline int64_t rows_of(const AttentionWork& work) { return work.query_count * work.head_count; }
 
+static inline bool differs_in_heads_alone(const AttentionWork& a, const AttentionWork& b) {
+  return a.seq == b.seq && a.head_count == b.head_count && a.query_begin == b.query_begin &&
+         a.query_count == b.query_count && a.key_begin == b.key_begin && a.key_end == b.key_end;
+}
+
 // A partial result: per row an unnormalised output [padded(v_head_dim)], then all rows' maxima, then all rows' sums.
 static inline int64_t partial_floats(int64_t rows, int64_t v_head_dim) { return rows * (padded(v_head_dim) + 2); }
 
@@ -36,14 +42,16 @@ static inline int64_t scratch_floats(const AttentionCall& call) {
   return kPrefillRows * (k + v + 2 * kTileKeys) + kTileKeys * (k + v);
 }
 
-// `following` is what the same thread works on next, or null: its first keys can be fetched from memory meanwhile.
-using AttendPiece = void (*)(const AttentionCall& call, const AttentionWork& work, const AttentionWork* following,
-                             float* scratch, float* partials);
+// Pieces that differ in their heads alone, up to kGang of them, are worked on together, tile by tile. `following` is
+// what the same thread works on next, or null: its first keys can be fetched from memory meanwhile.
+using AttendGang = void (*)(const AttentionCall& call, const AttentionWork* gang, int64_t count,
+                            const AttentionWork* following, float* scratch, float* partials);
+using AttendPiece = void (*)(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials);
 using MergePieces = void (*)(const AttentionCall& call, const AttentionWork* pieces, int64_t count, float* partials);
 
 // The kernels for one storage type on one instruction set.
 struct AttentionKernels {
-  AttendPiece decode;   // at most kDecodeRows rows
+  AttendGang decode;    // at most kDecodeRows rows
   AttendPiece prefill;  // at most kPrefillRows rows
   MergePieces merge;    // the pieces of the same rows, in the order of their keys
 };

@@ -4,11 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define PAGED_DECLARE_ATTENTION(dtype)                                                                              \
-  void attention_decode_##dtype(const AttentionCall&, const AttentionWork&, const AttentionWork*, float*, float*);  \
-  void attention_prefill_##dtype(const AttentionCall&, const AttentionWork&, const AttentionWork*, float*, float*); \
-  void attention_merge_##dtype(const AttentionCall&, const AttentionWork*, int64_t, float*);                        \
-  constexpr AttentionKernels attention_##dtype = {attention_decode_##dtype, attention_prefill_##dtype,              \
+#define PAGED_DECLARE_ATTENTION(dtype)                                                                             \
+  void attention_decode_##dtype(const AttentionCall&, const AttentionWork*, int64_t, const AttentionWork*, float*, \
+                                float*);                                                                           \
+  void attention_prefill_##dtype(const AttentionCall&, const AttentionWork&, float*, float*);                      \
+  void attention_merge_##dtype(const AttentionCall&, const AttentionWork*, int64_t, float*);                       \
+  constexpr AttentionKernels attention_##dtype = {attention_decode_##dtype, attention_prefill_##dtype,             \
                                                   attention_merge_##dtype};
 
 #define PAGED_INSTRUCTION_SET(isa)     \

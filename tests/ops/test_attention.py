@@ -23,7 +23,7 @@ def samples():
         yield f"head_dim {head_dim}", {"head_dim": head_dim}, {}
     for head_dim, v_head_dim in ((64, 24), (24, 128), (192, 128)):
         yield f"head_dim {head_dim} and {v_head_dim}", {"head_dim": head_dim, "v_head_dim": v_head_dim}, {}
-    for num_heads, num_kv_heads in ((4, 4), (6, 1), (12, 4), (1, 1), (32, 2), (7, 1)):
+    for num_heads, num_kv_heads in ((4, 4), (6, 1), (12, 4), (1, 1), (32, 2), (7, 1), (22, 11)):
         yield f"heads {num_heads} / {num_kv_heads}", {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, {}
     for block_size in (1, 2, 4, 8, 32, 64, 128, 256):
         yield f"block_size {block_size}", {"block_size": block_size}, {}
@@ -151,6 +151,28 @@ def test_deterministic_ignores_batch_and_threads(backend, options, dtype):
             finally:
                 torch.set_num_threads(threads)
             assert torch.equal(out, whole[begin:end]) and torch.equal(lse, whole_lse[:, begin:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_ignore_one_another(backend, dtype):
+    """Heads that a kernel takes together, more of them than it takes at once, get what each gets alone."""
+    num_kv_heads, group = 11, 2
+    sizes = {"rows": [(1, 130), (3, 70), (0, 5), (1, 9)], "num_heads": num_kv_heads * group, "head_dim": 64}
+    batch, options = build(
+        sizes | {"num_kv_heads": num_kv_heads}, {"alibi_slopes": True, "key_scale": num_kv_heads}, dtype, backend
+    )
+    options["num_splits"] = 1
+    whole, whole_lse = ops.attention_with_lse(**batch.arguments, **options)
+    for kv_head in range(num_kv_heads):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        alone = batch.arguments | {
+            "query": batch.query[:, heads],
+            "key_cache": batch.key_cache[:, :, kv_head : kv_head + 1],
+            "value_cache": batch.value_cache[:, :, kv_head : kv_head + 1],
+        }
+        scales = {"alibi_slopes": options["alibi_slopes"][heads], "key_scale": options["key_scale"][kv_head, None]}
+        out, lse = ops.attention_with_lse(**alone, **options | scales)
+        assert torch.equal(out, whole[:, heads]) and torch.equal(lse, whole_lse[heads])
 
 
 def test_large_scores_do_not_overflow(backend):

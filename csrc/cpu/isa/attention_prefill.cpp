@@ -233,16 +233,13 @@ void prefill(const AttentionCall& call, const AttentionWork& work, float* scratc
 
 }  // namespace
 
-void attention_prefill_float32(const AttentionCall& call, const AttentionWork& work, const AttentionWork*,
-                               float* scratch, float* partials) {
+void attention_prefill_float32(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
   prefill<float, Floats<float>>(call, work, scratch, partials);
 }
-void attention_prefill_bfloat16(const AttentionCall& call, const AttentionWork& work, const AttentionWork*,
-                                float* scratch, float* partials) {
+void attention_prefill_bfloat16(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
   prefill<BFloat16, BFloat16Pairs>(call, work, scratch, partials);
 }
-void attention_prefill_float16(const AttentionCall& call, const AttentionWork& work, const AttentionWork*,
-                               float* scratch, float* partials) {
+void attention_prefill_float16(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials) {
   prefill<Float16, Floats<Float16>>(call, work, scratch, partials);
 }
 
