@@ -142,6 +142,8 @@ def test_distances_in_columns(name: str, caplog: pytest.LogCaptureFixture) -> No
     holes["attention_mask"][0, 7] = 0
     assert_same_tokens(stock, generate(stock, holes), generate(model, holes), prompt=holes)
     assert graphs.runs == 2 * 23 + 1 and any("has holes" in said for said in messages(caplog))
+    assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED), prompt=RAGGED)
+    assert graphs.compiled == 2 and graphs.runs == 3 * 23 + 2
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])

@@ -24,7 +24,7 @@ WISHES = [3, 12, 7]
 # Layers of another kind read along the row, or positions are counted in columns.
 NOT_PACKED = set(
     """
-    bamba bart blenderbot blenderbot-small gemma3n_text granitemoehybrid jamba lfm2_moe lfm3 marian mbart
+    bamba bart blenderbot blenderbot-small granitemoehybrid jamba lfm2_moe lfm3 marian mbart
     moss_transcribe_diarize nemotron_h olmo_hybrid pegasus plbart qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
     qwen3_next recurrent_gemma whisper
     """.split()  # noqa: SIM905  a list literal would take 20 lines

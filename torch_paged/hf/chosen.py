@@ -17,10 +17,11 @@ class Chosen(LogitsProcessor):  # type: ignore[misc]
 
     Args:
         tokens: int64 `[rows, columns]`, the prompt and what was chosen after it.
+        keeps_scores: for `seen`.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tensor, keeps_scores: bool) -> None:
+        self._tokens, self._keeps_scores = tokens, keeps_scores
         # Of the steps whose tokens were chosen already, without that choice: `[rows, vocabulary]` each.
         self._scores: list[Tensor] = []
 
@@ -32,7 +33,8 @@ class Chosen(LogitsProcessor):  # type: ignore[misc]
         column = input_ids.shape[1]
         if column >= self.columns:
             return scores
-        self._scores.append(scores)
+        if self._keeps_scores:
+            self._scores.append(scores)
         # Finished rows got a padding token, which the vocabulary need not have, and get it again.
         tokens = self._tokens[:, column, None].to(scores.device).clamp(0, scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)

@@ -15,6 +15,7 @@ from torch_paged.hf.call import Call
 from torch_paged.hf.family import family
 from torch_paged.hf.packed import Forward
 from torch_paged.hf.row_hooks import ROW_HOOKS, has_row_hooks
+from torch_paged.hf.row_inputs import is_unset
 
 # What a call may bring along and still be packed. Anything else that is not None may have a meaning per row or column.
 _ALLOWED = {
@@ -85,7 +86,7 @@ def call_problem(forward: Forward, inputs: dict[str, Any]) -> str | None:
     config = forward.model.config
     if torch.is_grad_enabled() or forward.model.training:
         return "a graph is recorded, or dropout draws for every column"
-    if unknown := [name for name, value in inputs.items() if name not in _ALLOWED and not _is_unset(value)]:
+    if unknown := [name for name, value in inputs.items() if name not in _ALLOWED and not is_unset(value)]:
         return f"{', '.join(unknown)} may belong to rows or columns"
     if getattr(config, "output_router_logits", False) or not (inputs.get("return_dict", True) and config.return_dict):
         return "outputs other than logits and hidden states by name"
@@ -95,10 +96,6 @@ def call_problem(forward: Forward, inputs: dict[str, Any]) -> str | None:
     if "position_ids" in forward.parameters and (not isinstance(positions, Tensor) or positions.ndim != 2):
         return "the model computes its positions from columns"
     return None
-
-
-def _is_unset(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, dict) and all(map(_is_unset, value.values())))
 
 
 def _rope_types(config: Any) -> Iterator[str]:

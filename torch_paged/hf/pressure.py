@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.logits_process import WhisperNoSpeechDetection
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import NeedsOwnAttention
@@ -24,7 +25,7 @@ from torch_paged.hf.packing import pack_problem, rope_problem
 from torch_paged.hf.progress import Progress
 from torch_paged.hf.row_by_row import end_alone, keep_state, works_row_by_row
 from torch_paged.hf.row_hooks import has_row_hooks
-from torch_paged.hf.row_inputs import unknown_inputs
+from torch_paged.hf.row_inputs import is_unset, unknown_inputs
 from torch_paged.hf.streamed import Streamed
 from torch_paged.hf.sub_batches import SubBatches
 from torch_paged.hf.support import Path, implementation_reason, training_reason
@@ -205,7 +206,12 @@ def _undivided(cache: PagedCache, loop: Loop) -> str | None:
         return "devices run in step"
     if names := unknown_inputs(loop.inputs):
         return f"{', '.join(names)} may belong to several of them"
-    return rope_problem(loop.model, loop.config.max_length)
+    if any(isinstance(each, WhisperNoSpeechDetection) for each in loop.processors):
+        return "WhisperNoSpeechDetection remembers all of them"
+    # Embeddings are columns that stock's max_length does not count.
+    embeds = loop.inputs.get("inputs_embeds")
+    more = 0 if embeds is None else max(0, embeds.shape[1] - loop.input_ids.shape[1])
+    return rope_problem(loop.model, loop.config.max_length + more)
 
 
 @contextmanager
@@ -240,7 +246,7 @@ def _goes_on(cache: PagedCache, loop: Loop) -> bool:
         return False
     if keep_state(loop.processors) or not end_alone(loop.criteria):
         return False
-    if any(name not in _INPUTS and value is not None and value is not False for name, value in loop.inputs.items()):
+    if any(name not in _INPUTS and not is_unset(value) for name, value in loop.inputs.items()):
         return False
     if training_reason(loop.model) or has_row_hooks(loop.model):
         return False

@@ -71,6 +71,8 @@ def _copy(processor: Any) -> Any:
     processor = copy.copy(processor)
     if hasattr(processor, "unconditional_context"):
         processor.unconditional_context = dict(processor.unconditional_context)
+    if getattr(processor, "state", None) is not None:
+        processor.state = copy.copy(processor.state)
     return processor
 
 
@@ -100,6 +102,8 @@ def _for_rows(processor: Any, rows: list[int], num_rows: int) -> Any:
         for name in ("input_ids", "attention_mask"):
             if isinstance(value := context.get(name), Tensor) and len(value) > 1:
                 context[name] = value[rows]
+        if (state := getattr(processor, "state", None)) is not None:
+            state.context, state.context_history = state.context[rows], state.context_history[rows]
     return processor
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 ROW_HOOKS = "forward hooks of its modules may tell rows apart by their place in the batch"
+_ADAPTERS = "adapter_names"
 # The hooks of these look at no row: they move weights, ask for gradients or hand out outputs.
 _HOOKS_OF = ("torch.", "transformers.", "accelerate.", "deepspeed.", "peft.peft_model", "peft.utils.")
 
@@ -24,36 +25,28 @@ def has_row_hooks(model: nn.Module) -> bool:
 
 @contextmanager
 def hooks_of(model: nn.Module, rows: Sequence[int], num_rows: int) -> Iterator[None]:
-    """Let arguments of partial hooks that have one value for each of `num_rows` rows, as PEFT's, have those of `rows`.
+    """Let PEFT's `adapter_names`, one for each of `num_rows` rows, be those of `rows`.
 
-    What a hook knows of rows besides, nobody sees.
+    What other hooks know of rows, nobody sees.
     """
     if len(rows) == num_rows:
         yield
         return
-    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for hook in _hooks(model):
-        if isinstance(hook, functools.partial) and (given := _per_row(hook.keywords, num_rows)):
-            changed.append((hook.keywords, given))
-    chosen = list(rows)
-    for keywords, given in changed:
-        for name, value in given.items():
-            keywords[name] = value[chosen] if isinstance(value, Tensor) else type(value)(value[row] for row in chosen)
+    partials = [hook.keywords for hook in _hooks(model) if isinstance(hook, functools.partial)]
+    changed = [(keywords, names) for keywords in partials if len(names := keywords.get(_ADAPTERS, ())) == num_rows]
+    for keywords, names in changed:
+        keywords[_ADAPTERS] = [names[row] for row in rows]
     try:
         yield
     finally:
-        for keywords, given in changed:
-            keywords.update(given)
+        for keywords, names in changed:
+            keywords[_ADAPTERS] = names
 
 
 def _hooks(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         yield from module._forward_hooks.values()
         yield from module._forward_pre_hooks.values()
-
-
-def _per_row(keywords: dict[str, Any], num_rows: int) -> dict[str, Any]:
-    return {name: v for name, v in keywords.items() if isinstance(v, (list, tuple, Tensor)) and len(v) == num_rows}
 
 
 def _module_of(hook: Any) -> str:

@@ -19,8 +19,14 @@ _CACHES = {"past_key_values"}
 
 def unknown_inputs(kwargs: dict[str, Any]) -> list[str]:
     """The names of those that may belong to rows in a way that nobody knows here."""
-    plain = (type(None), bool, int, float, str)
-    return sorted(n for n, v in kwargs.items() if n not in _OF_ROWS | _CACHES and not isinstance(v, plain))
+    plain = (bool, int, float, str)
+    known = _OF_ROWS | _CACHES
+    return sorted(n for n, v in kwargs.items() if n not in known and not is_unset(v) and not isinstance(v, plain))
+
+
+def is_unset(value: Any) -> bool:
+    """Whether an input says nothing, as what stock hands over of images where there are none."""
+    return value is None or value is False or (isinstance(value, dict) and all(map(is_unset, value.values())))
 
 
 def inputs_of(kwargs: dict[str, Any], rows: Sequence[int], num_rows: int) -> dict[str, Any]:

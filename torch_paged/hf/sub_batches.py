@@ -64,7 +64,9 @@ class SubBatches:
 
     def __init__(self, loop: Loop, tell: Callable[[], None]) -> None:
         self._loop, self._ids, self._inputs, self._tell = loop, loop.input_ids, loop.inputs, tell
-        self._processors, self._criteria = as_they_are(loop.processors), loop.criteria
+        self._begun, self._criteria = as_they_are(loop.processors), loop.criteria
+        # The caller's own see the first try, as in stock, copies of what they were see the others.
+        self._is_first = True
         self._fresh, self._used = FreshCache(loop.inputs["past_key_values"]), False
         self._streaming: dict[str, Any] = {}
 
@@ -122,6 +124,7 @@ class SubBatches:
         return done
 
     def _begin_anew(self) -> None:
+        self._is_first = False
         self._inputs = self._inputs | {"past_key_values": self._fresh.again()}
 
     def _go_on(self, done: list[tuple[Part, Any]]) -> list[tuple[Part, Any]]:
@@ -142,7 +145,8 @@ class SubBatches:
     def _sample_part(self, part: Part) -> Any:
         processors, chosen = self._processors_of(part.rows), None
         if part.chosen is not None:
-            chosen = Chosen(part.chosen)
+            config = self._loop.config
+            chosen = Chosen(part.chosen, bool(config.return_dict_in_generate and config.output_scores))
             processors.append(chosen)
         ids = self._ids[part.rows.start : part.rows.stop]
         progress = Progress(self._criteria, ids, chosen)
@@ -164,7 +168,9 @@ class SubBatches:
             return self._loop.run(ids, self._processors_of(part.rows), self._criteria, **self._inputs_of(part.rows))
 
     def _processors_of(self, rows: range) -> LogitsProcessorList:
-        return for_rows(self._processors, rows, len(self._ids))
+        if self._is_first:
+            return LogitsProcessorList(self._loop.processors)
+        return for_rows(self._begun, rows, len(self._ids))
 
     def _inputs_of(self, rows: range) -> dict[str, Any]:
         return inputs_of(self._inputs, rows, len(self._ids))
@@ -172,7 +178,12 @@ class SubBatches:
     def _joined(self, done: list[tuple[Part, Any]], fill: int) -> Any:
         if len(done) > 1:
             self._begin_anew()
-        return joined([result for _, result in done], [len(part.rows) for part, _ in done], fill)
+        result = joined([result for _, result in done], [len(part.rows) for part, _ in done], fill)
+        for name in ("hidden_states", "attentions"):
+            # Of the prompts: stock repeats them neither for beams nor for samples.
+            if getattr(result, f"encoder_{name}", None) is not None:
+                result[f"encoder_{name}"] = self._loop.inputs["encoder_outputs"][name]
+        return result
 
 
 def _beam_fill(config: GenerationConfig) -> int:

@@ -16,7 +16,7 @@ class PoolStats:
         prefix_hits: rows that began with remembered blocks, since the patch.
         prefix_tokens_saved: tokens in those blocks, which were not prefilled.
         tokens_computed: tokens that forward passes have computed, prompts and decode steps, since the patch; with
-            padding and finished rows where a pass has them.
+            padding and finished rows where a pass has them, without those of encoder-decoders.
         blocks_cached: blocks that only the prefix index still holds, given up as soon as blocks run out.
         bytes_held: bytes of the used blocks, all layers of the group.
         bytes_useful: bytes of the tokens in them, each block counted once.
