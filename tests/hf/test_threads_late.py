@@ -65,3 +65,18 @@ def test_blocks_that_came_free_before_they_were_waited_for(kind: str, how: str) 
     assert go.is_set() and not isinstance(actual, Exception), actual
     assert torch.equal(actual, generate(stock, inputs, **kwargs))
     assert_nothing_held(handle)
+
+
+def test_passes_of_an_encoder_decoder_show_that_a_call_is_under_way() -> None:
+    """Who waits gives up on a call that nobody has seen in a pass for a while."""
+    model, ends = tiny_t5(), []
+    end = line.Line.pass_ends
+
+    def ending(self: Any, *, whole: bool) -> None:
+        place = self._of_thread[threading.get_ident()]
+        ends.append((place.in_pass, whole))
+        end(self, whole=whole)
+
+    with torch_paged.paged(model, block_size=4), mock.patch.object(line.Line, "pass_ends", ending):
+        generate(model, batch([12]), max_new_tokens=7, eos_token_id=None)
+    assert ends == [(True, True)] * 7

@@ -45,6 +45,18 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
             cache.state.pools.line.pass_ends(whole=whole)
 
 
+@contextmanager
+def under_way(cache: PagedCache) -> Iterator[None]:
+    """Let calls of other threads see a pass that is not announced, as those of encoder-decoders."""
+    line, whole = cache.state.pools.line, False
+    line.pass_begins()
+    try:
+        yield
+        whole = True
+    finally:
+        line.pass_ends(whole=whole)
+
+
 def make_call(
     cache: PagedCache,
     inputs: dict[str, Any],

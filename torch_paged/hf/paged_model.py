@@ -13,7 +13,7 @@ from transformers import CompileConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from torch_paged.hf import features
-from torch_paged.hf.announce import announced, make_call
+from torch_paged.hf.announce import announced, make_call, under_way
 from torch_paged.hf.around import compiling_around, runs_in_python, satisfy_fullgraph
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call, NeedsOwnAttention, current
@@ -86,8 +86,11 @@ def paged_class(base: type[Any], handle: PagedHandle) -> type[Any]:
                 return base.__call__(self, *args, **kwargs)
             named = dict(zip(parameters[1:], args, strict=False)) | kwargs
             if current.call is None and not isinstance(named.get("past_key_values"), PagedCache):
-                # Nothing but the stock model, with nothing of ours for Dynamo to trace.
-                return base.__call__(self, *args, **kwargs)
+                if (inside := paged_part(named.get("past_key_values"))) is None:
+                    # Nothing but the stock model, with nothing of ours for Dynamo to trace.
+                    return base.__call__(self, *args, **kwargs)
+                with under_way(inside):
+                    return base.__call__(self, *args, **kwargs)
             return _announced_call(base, handle, self, named, args, kwargs, around=compiling_around())
 
         runs_in_python(__call__)
