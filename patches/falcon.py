@@ -14,7 +14,7 @@ from transformers.models.falcon.modeling_falcon import (
 )
 
 from torch_paged.hf.attention import attend
-from torch_paged.hf.call import NeedsOwnAttention, in_compiled_call, in_native_call
+from torch_paged.hf.call import ThisCallNeedsOwnAttention, in_compiled_call, in_native_call
 from torch_paged.hf.family import Family
 from torch_paged.hf.implementation import register_in
 
@@ -52,7 +52,7 @@ def _native_class(base: type[Any]) -> type[Any]:
             if alibi is not None:
                 # A compiled pass does not know how many there are.
                 if in_compiled_call() or key.shape[2] > EXACT_ALIBI_TOKENS:
-                    raise NeedsOwnAttention(f"Falcon rounds its ALiBi bias past {EXACT_ALIBI_TOKENS} tokens")
+                    raise ThisCallNeedsOwnAttention(f"Falcon rounds its ALiBi bias past {EXACT_ALIBI_TOKENS} tokens")
                 # Dynamo looks into no cache, and warns of it.
                 slopes_of = _alibi_slopes if torch.compiler.is_compiling() else _kept_alibi_slopes
                 slopes = slopes_of(self.num_heads, self.inv_norm_factor, hidden_states.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
 
 from torch_paged.hf.attention import attend, has_holes
-from torch_paged.hf.call import NeedsOwnAttention, in_native_call
+from torch_paged.hf.call import ThisCallNeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
 from torch_paged.hf.implementation import register_in
 
@@ -20,7 +20,7 @@ def _native_class(base: type[Any]) -> type[Any]:
                 return base._attn(self, query, key, value, attention_mask)
             window = self.config.window_size if self.attention_type == "local" else 0
             if window and has_holes(key):
-                raise NeedsOwnAttention("attention_mask has holes under a local window, which counts them")
+                raise ThisCallNeedsOwnAttention("attention_mask has holes under a local window, which counts them")
             out = attend(self, query, key, scaling=1.0, sliding_window=window)
             return out.transpose(1, 2), None
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_paged.hf.attention import attend, has_holes
-from torch_paged.hf.call import NeedsOwnAttention, in_native_call
+from torch_paged.hf.call import ThisCallNeedsOwnAttention, in_native_call
 from torch_paged.hf.family import Family
 
 
@@ -31,7 +31,7 @@ def _native_class(base: type[Any]) -> type[Any]:
             )
             key, value = past_key_values.update(key, value, self.layer_idx)
             if has_holes(key):
-                raise NeedsOwnAttention("attention_mask has holes, and MPT's ALiBi counts their columns")
+                raise ThisCallNeedsOwnAttention("attention_mask has holes, and MPT's ALiBi counts their columns")
             out = attend(self, query, key, scaling=self.softmax_scale, alibi_slopes=_slopes(position_bias))
             return self.out_proj(out.flatten(2)), None
 

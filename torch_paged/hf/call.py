@@ -155,6 +155,10 @@ class NeedsOwnAttention(Exception):
     """
 
 
+class ThisCallNeedsOwnAttention(NeedsOwnAttention):
+    """The same, for what was passed this time: other calls of the model run natively, and compiled."""
+
+
 class _Current(threading.local):
     call: Call | None = None
 

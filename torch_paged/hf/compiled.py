@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from torch_paged.compile import repack_if_written
 from torch_paged.hf.around import run_compiled
 from torch_paged.hf.buckets import filled_inputs, filled_step, fills_up
-from torch_paged.hf.call import Call, NeedsOwnAttention
+from torch_paged.hf.call import Call, ThisCallNeedsOwnAttention
 from torch_paged.hf.group import Step
 from torch_paged.hf.pools import GroupKey
 from torch_paged.hf.step_cache import StepView
@@ -127,8 +127,8 @@ class Compiled:
         try:
             outputs = self._run(model, base, inputs)
         except TorchDynamoException as error:
-            # A call that needs the model's own attention says so again when it runs uncompiled; others compile.
-            if NeedsOwnAttention.__name__ not in str(error):
+            # It says so again when it runs uncompiled.
+            if ThisCallNeedsOwnAttention.__name__ not in str(error):
                 self._failed = True
                 self.tell(_summary(error))
             _forget_frames(error)
