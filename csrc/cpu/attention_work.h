@@ -36,7 +36,9 @@ static inline bool differs_in_heads_alone(const AttentionWork& a, const Attentio
 // A partial result: per row an unnormalised output [padded(v_head_dim)], then all rows' maxima, then all rows' sums.
 static inline int64_t partial_floats(int64_t rows, int64_t v_head_dim) { return rows * (padded(v_head_dim) + 2); }
 
-// What a kernel needs for itself: packed query, K, V, scores (twice) and output.
+// What a kernel needs for itself: packed query, K, V, scores (twice) and output. The queries of a gang take twice their
+// width.
+static_assert(2 * kGang * kDecodeRows <= kPrefillRows);
 static inline int64_t scratch_floats(const AttentionCall& call) {
   const int64_t k = padded(call.head_dim), v = padded(call.v_head_dim);
   return kPrefillRows * (k + v + 2 * kTileKeys) + kTileKeys * (k + v);

@@ -128,16 +128,21 @@ def test_positions_that_are_not_the_columns(name: str, caplog: pytest.LogCapture
     assert "computes its positions from columns" in said and said.endswith("runs uncompiled") and graphs.runs == 0
 
 
-@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
-def test_distances_in_columns(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Windows and ALiBi that count columns are those of tokens where the padding stands before them."""
+def generated_twice(name: str, caplog: pytest.LogCaptureFixture) -> tuple[PreTrainedModel, PreTrainedModel, Graphs]:
+    """A model whose steps and second prefill were compiled, with stock's tokens and no warning; stock; its graphs."""
     model = tiny_causal(name)
     stock, graphs = twin(model), Graphs()
     torch_paged.patch(model, compile={"backend": graphs}, block_size=4)
     for _ in range(2):
         assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED), prompt=RAGGED)
-    # Steps, and the second prefill.
     assert graphs.compiled == 2 and graphs.runs == 2 * 23 + 1 and messages(caplog) == []
+    return model, stock, graphs
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
+def test_distances_in_columns(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows and ALiBi that count columns are those of tokens where the padding stands before them."""
+    model, stock, graphs = generated_twice(name, caplog)
     holes = {name: value.clone() for name, value in RAGGED.items()}
     holes["attention_mask"][0, 7] = 0
     assert_same_tokens(stock, generate(stock, holes), generate(model, holes), prompt=holes)
@@ -149,12 +154,7 @@ def test_distances_in_columns(name: str, caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_experts(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Which tokens an expert computes depends on data; the products are one op over all of them."""
-    model = tiny_causal(name)
-    stock, graphs = twin(model), Graphs()
-    torch_paged.patch(model, compile={"backend": graphs}, block_size=4)
-    for _ in range(2):
-        assert_same_tokens(stock, generate(stock, RAGGED), generate(model, RAGGED), prompt=RAGGED)
-    assert graphs.compiled == 2 and graphs.runs == 2 * 23 + 1 and messages(caplog) == []
+    generated_twice(name, caplog)
 
 
 @pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])

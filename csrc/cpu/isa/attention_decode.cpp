@@ -230,7 +230,6 @@ void pack_rows(const T* const* rows, int64_t count, int64_t size, int64_t stride
 // One piece of a gang, and what it keeps from tile to tile.
 template <class Dot>
 struct Member {
-  const AttentionWork* work;
   float* accumulated;
   typename Dot::Query* query;
   Scoring how;
@@ -241,8 +240,8 @@ struct Member {
 //
 // The pieces of a gang take turns at each tile: a block holds its heads one after the other, so that it is read in one
 // go, wherever the next one lies. 2 cores of a 4th generation Xeon, random blocks of 16, bfloat16, GB/s with one piece
-// after the other and with gangs: 32/8x128, 8 sequences of 2,048 tokens 22.9 and 24.0 (float32 24.5 and
-// 26.3), one of 32,768 19.0 and 22.1, blocks of 128 there 25.1.
+// after the other and with gangs: 32/8x128, 8 sequences of 2,048 tokens 22.9 and 24.0 (float32 24.5 and 26.3), one of
+// 32,768 19.0 and 22.1, blocks of 128 there 25.1.
 template <class T, class Stored, class Dot, bool in_place>
 void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, const AttentionWork* following,
             float* scratch, float* partials) {
@@ -254,7 +253,6 @@ void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, 
   Member<Dot> members[kGang];
   for (int64_t m = 0; m < size; ++m) {
     Member<Dot>& member = members[m];
-    member.work = gang + m;
     member.accumulated = scratch;
     std::memset(member.accumulated, 0, count * value_width * sizeof(float));
     scratch += count * value_width;

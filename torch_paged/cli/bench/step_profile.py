@@ -15,7 +15,7 @@ FAST = 0.8
 _STEP = "decode step"
 _GRAPH = "## Call CompiledFxGraph"
 _PRODUCTS = (
-    "aten::linear", "aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "paged::linear", "paged::packed_linear"
+    "aten::linear", "aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "paged::packed_linear"
 )  # fmt: skip
 _ATTENTION = ("aten::scaled_dot_product_attention", "paged::attention")
 _WRITES = ("paged::reshape_and_cache", "paged::rope_and_cache")
