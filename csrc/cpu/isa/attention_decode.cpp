@@ -1,50 +1,10 @@
 // Attention of a few query rows that share a KV head: each byte of K and V is read once, in place, for all of them.
 #include "attention_rows.h"
 #include "cached_rows.h"
+#include "dots.h"
 
 namespace paged::PAGED_ISA {
 namespace {
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kAccumulators = 16;  // of 32 registers
-#else
-constexpr int kAccumulators = 8;  // of 16 registers
-#endif
-
-// How rows of keys are multiplied with packed query rows. `share` keys lie side by side in a vector, and the query is
-// packed as so many equal keys.
-template <class Stored>
-struct FloatDot {
-  using Query = float;
-  using Part = Chunk;
-  template <int share>
-  PAGED_INLINE Part load_parts(const Stored* a, const Stored* b) {
-    if constexpr (share == 2) return load_halves(a, b);
-    return load_chunk(a);
-  }
-  PAGED_INLINE void pack(float* to, Part part) { store_chunk(to, part); }
-  PAGED_INLINE Vec multiply_add(Vec sum, Part keys, const float* query) {
-    return sum + keys.first * load(query) + keys.second * load(query + kLanes);
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct BFloat16Dot {
-  using Query = BFloat16;
-  using Part = BitVec;
-  template <int share>
-  PAGED_INLINE Part load_parts(const BFloat16* a, const BFloat16* b) {
-    if constexpr (share == 2) return join<BitVec>(a, b);
-    return load_as<BitVec>(a);
-  }
-  PAGED_INLINE void pack(BFloat16* to, Part part) { store_as(to, part); }
-  PAGED_INLINE Vec multiply_add(Vec sum, Part keys, const BFloat16* query) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)keys, load_as<__m512bh>(query));
-  }
-};
-#else
-using BFloat16Dot = FloatDot<BFloat16>;
-#endif
 
 constexpr int period_of(int rows) { return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8; }
 
@@ -85,7 +45,7 @@ class NextRows {
 
 // scores [count][period] = keys x query.
 template <int rows, class Dot, class Stored>
-void score_keys(const typename Dot::Query* query, int64_t query_stride, const Stored* const* keys, int64_t count,
+void score_keys(const typename Dot::Packed* query, int64_t query_stride, const Stored* const* keys, int64_t count,
                 int64_t size, float* scores, NextRows<Stored> next) {
   constexpr int period = period_of(rows), share = share_of(rows);
   constexpr int together = share * kAccumulators / period;  // keys
@@ -231,7 +191,7 @@ void pack_rows(const T* const* rows, int64_t count, int64_t size, int64_t stride
 template <class Dot>
 struct Member {
   float* accumulated;
-  typename Dot::Query* query;
+  typename Dot::Packed* query;
   Scoring how;
   Rows rows;
 };
@@ -256,7 +216,7 @@ void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, 
     member.accumulated = scratch;
     std::memset(member.accumulated, 0, count * value_width * sizeof(float));
     scratch += count * value_width;
-    member.query = reinterpret_cast<typename Dot::Query*>(scratch);
+    member.query = reinterpret_cast<typename Dot::Packed*>(scratch);
     scratch += count * 2 * key_width;
     for (int64_t r = 0; r < count; ++r) {
       const Stored* row;

@@ -1,0 +1,51 @@
+// Dot products of rows as they are stored with rows that were packed before: of keys with queries, of weights with
+// inputs.
+#pragma once
+
+#include "../vec.h"
+
+namespace paged::PAGED_ISA {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 16;  // of 32 registers
+#else
+constexpr int kAccumulators = 8;  // of 16 registers
+#endif
+
+// `share` stored rows lie side by side in a vector, and the packed row is packed as so many equal ones.
+template <class Stored>
+struct FloatDot {
+  using Packed = float;
+  using Part = Chunk;
+  template <int share>
+  PAGED_INLINE Part load_parts(const Stored* a, const Stored* b) {
+    if constexpr (share == 2) return load_halves(a, b);
+    return load_chunk(a);
+  }
+  PAGED_INLINE void pack(float* to, Part part) { store_chunk(to, part); }
+  PAGED_INLINE Vec multiply_add(Vec sum, Part stored, const float* packed) {
+    return sum + stored.first * load(packed) + stored.second * load(packed + kLanes);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Dot {
+  using Packed = BFloat16;
+  using Part = BitVec;
+  template <int share>
+  PAGED_INLINE Part load_parts(const BFloat16* a, const BFloat16* b) {
+    if constexpr (share == 2) return join<BitVec>(a, b);
+    return load_as<BitVec>(a);
+  }
+  PAGED_INLINE void pack(BFloat16* to, Part part) { store_as(to, part); }
+  PAGED_INLINE Vec multiply_add(Vec sum, Part stored, const BFloat16* packed) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)stored, load_as<__m512bh>(packed));
+  }
+};
+#else
+using BFloat16Dot = FloatDot<BFloat16>;
+#endif
+
+}  // namespace
+}  // namespace paged::PAGED_ISA
