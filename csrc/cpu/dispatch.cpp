@@ -23,13 +23,14 @@
   cpu::CopyBlock copy_block;           \
   cpu::MergeStates merge_states;       \
   cpu::MultiplyPanels multiply_panels; \
+  cpu::MultiplyRows multiply_rows;     \
   }
 
 #define PAGED_KERNELS(isa, machine_has_it, machine_likes_it)                                                         \
   CpuKernels {                                                                                                       \
     #isa, machine_has_it, machine_likes_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16, \
         isa::store_tokens, isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::merge_states,                 \
-        isa::multiply_panels                                                                                         \
+        isa::multiply_panels, isa::multiply_rows                                                                     \
   }
 
 #if defined(__aarch64__)

@@ -6,6 +6,7 @@
 #include "attention_work.h"
 #include "copy_blocks.h"
 #include "gather_cache.h"
+#include "linear.h"
 #include "merge_attention_states.h"
 #include "packed_linear.h"
 #include "reshape_and_cache.h"
@@ -24,6 +25,7 @@ struct CpuKernels {
   cpu::CopyBlock* copy_block;
   cpu::MergeStates* merge_states;
   cpu::MultiplyPanels* multiply_panels;
+  cpu::MultiplyRows* multiply_rows;
 };
 
 // The best set that this machine runs, or the one named by the environment variable TORCH_PAGED_CPU_ISA.

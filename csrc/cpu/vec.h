@@ -124,6 +124,16 @@ PAGED_INLINE void narrow(Float16* to, Vec v) {
 
 PAGED_INLINE Vec widen(const Float16* from) { return widen(load_as<ShortVec>(from)); }
 
+PAGED_INLINE float to_float(float x) { return x; }
+PAGED_INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  return load_as<float>(&bits);
+}
+PAGED_INLINE float to_float(Float16 x) {
+  const Float16 lanes[kLanes] = {x};
+  return widen(lanes)[0];
+}
+
 // A chunk is 2 * kLanes elements of a row in two vectors. For bfloat16 they are the even and the odd elements: a shift
 // and a mask instead of two widening shuffles. Sums over a row do not care, and `store_chunk` undoes the order.
 constexpr int kChunk = 2 * kLanes;
@@ -153,6 +163,11 @@ PAGED_INLINE BitVec round_to_bfloat16(Vec v) {
 }
 PAGED_INLINE BitVec bfloat16_pairs(Vec low, Vec high) {
   return round_to_bfloat16(low) >> 16 | (round_to_bfloat16(high) & 0xffff0000);
+}
+
+PAGED_INLINE void narrow(float* to, Vec v) { store(to, v); }
+PAGED_INLINE void narrow(BFloat16* to, Vec v) {
+  store_as(to, __builtin_convertvector(round_to_bfloat16(v) >> 16, ShortVec));
 }
 
 PAGED_INLINE void store_chunk(float* to, Chunk c) {

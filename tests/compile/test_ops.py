@@ -48,6 +48,7 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[int], list[Tensor]]]] = 
     "rope_and_cache": (lambda k, v, kc, vc, s: paged.rope_and_cache(v, k, v, k[:, 0], k[:, 1], kc, vc, s), rows),
     "copy_blocks": (lambda k, v, kc, vc, s: paged.copy_blocks([kc], [vc], torch.tensor([[0, 1]])), rows),
     "swap_blocks": (lambda k, v, kc, vc, s: paged.swap_blocks([kc], [vc], torch.tensor([[0, 1]])), rows),
+    "linear": (lambda x, weight: paged.linear(x, weight, None), unpacked),
     "packed_linear": (lambda x, weight: paged.packed_linear(x, weight, None, 5), packed),
 }
 

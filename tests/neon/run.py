@@ -26,6 +26,7 @@ KERNELS = [
     "attention",
     "copy_blocks",
     "gather_cache",
+    "linear",
     "merge_attention_states",
     "packed_linear",
     "reshape_and_cache",

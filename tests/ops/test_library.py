@@ -17,6 +17,7 @@ TENSOR_OPS = [
     "attention_with_lse",
     "copy_blocks",
     "gather_cache",
+    "linear",
     "merge_attention_states",
     "packed_linear",
     "reshape_and_cache",

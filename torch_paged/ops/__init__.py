@@ -7,6 +7,7 @@ from torch_paged.ops.cache_layout import cache_view, empty_cache
 from torch_paged.ops.copy_blocks import copy_blocks
 from torch_paged.ops.cpu_instruction_set import cpu_instruction_set, cpu_instruction_sets
 from torch_paged.ops.gather_cache import gather_cache
+from torch_paged.ops.linear import linear
 from torch_paged.ops.merge_attention_states import merge_attention_states
 from torch_paged.ops.packed_linear import pack_linear_weight, packed_linear
 from torch_paged.ops.reshape_and_cache import reshape_and_cache
@@ -24,6 +25,7 @@ __all__ = [
     "cpu_instruction_sets",
     "empty_cache",
     "gather_cache",
+    "linear",
     "merge_attention_states",
     "pack_linear_weight",
     "packed_linear",

@@ -23,21 +23,6 @@ constexpr int kTileOutputs = kTileVecs * kLanes;
 constexpr int64_t kPrefetchBytes = 4096;
 static_assert(kPanel % kTileOutputs == 0);
 
-PAGED_INLINE float to_float(float x) { return x; }
-PAGED_INLINE float to_float(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  return load_as<float>(&bits);
-}
-PAGED_INLINE float to_float(Float16 x) {
-  const Float16 lanes[kLanes] = {x};
-  return widen(lanes)[0];
-}
-
-PAGED_INLINE void narrow(float* to, Vec v) { store(to, v); }
-PAGED_INLINE void narrow(BFloat16* to, Vec v) {
-  store_as(to, __builtin_convertvector(round_to_bfloat16(v) >> 16, ShortVec));
-}
-
 // Of kLanes outputs from `output` on, the weights of one pair of inputs.
 PAGED_INLINE Chunk weights_of_pair(const float* pair, int output) {
   return {load(pair + output), load(pair + kPanel + output)};

@@ -1,0 +1,211 @@
+// Multiplies rows by the rows of a weight, both as they are stored, summing in float32.
+#include "../linear.h"
+
+#include <type_traits>
+
+#include "dots.h"
+
+namespace paged::PAGED_ISA {
+namespace {
+
+using cpu::kInputBlock;
+using cpu::kLinearRows;
+using cpu::kOutputBlock;
+using cpu::Linear;
+
+static_assert(kOutputBlock % kAccumulators == 0 && kInputBlock % kChunk == 0);
+
+// Of a tile; its outputs are as many as there are sums for.
+constexpr int kTileRows = 4;
+constexpr int outputs_of(int rows) { return kAccumulators / (rows == 3 ? kTileRows : rows); }
+
+PAGED_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A block of a weight: rows of `size` elements, `stride` apart.
+template <class T>
+struct Block {
+  const T* weight;
+  int64_t outputs, size, stride;
+
+  const T* row(int64_t output) const { return weight + output * stride; }
+};
+
+// The next block, brought from memory into the second-level cache while this one is used, in the order of addresses.
+template <class T>
+class NextBlock {
+ public:
+  explicit NextBlock(const Block<T>& block) : block_(block) {}
+
+  // So many more of its rows.
+  void allow(int64_t outputs) { end_ = min(end_ + outputs, block_.outputs); }
+
+  PAGED_INLINED void prefetch() {
+    constexpr int kLine = 64 / sizeof(T);
+    if (row_ >= end_) return;
+    const T* const from = block_.row(row_) + at_;
+#pragma GCC unroll 2
+    for (int line = 0; line < kChunk; line += kLine) __builtin_prefetch(from + line, 0, 2);
+    at_ += kChunk > kLine ? kChunk : kLine;
+    if (at_ >= block_.size) at_ = 0, ++row_;
+  }
+
+ private:
+  Block<T> block_;
+  int64_t row_ = 0, at_ = 0, end_ = 0;
+};
+
+// sums [rows][outputs] += inputs x weights, for rows [0, rows) of the packed inputs and `outputs` rows of the weights.
+template <class Dot, int rows, class T>
+void multiply_tile(const typename Dot::Packed* inputs, int64_t input_stride, const Block<T>& block, int64_t first,
+                   float* sums_of_rows, NextBlock<T>& next) {
+  constexpr int outputs = outputs_of(rows);
+  const T* weights[outputs];
+  for (int o = 0; o < outputs; ++o) weights[o] = block.row(min(first + o, block.outputs - 1));
+  Vec sum[kAccumulators] = {};
+  const auto add = [&](const T* const* from, int64_t at, int64_t d) PAGED_INLINED {
+#pragma GCC unroll 16
+    for (int o = 0; o < outputs; ++o) {
+      const typename Dot::Part parts = Dot::template load_parts<1>(from[o] + at, from[o] + at);
+      next.prefetch();
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r)
+        sum[r * outputs + o] = Dot::multiply_add(sum[r * outputs + o], parts, inputs + r * input_stride + d);
+    }
+  };
+  const int64_t whole = block.size / kChunk * kChunk;
+  for (int64_t d = 0; d < whole; d += kChunk) add(weights, d, d);
+  if (whole < block.size) {
+    T padded[outputs][kChunk] = {};
+    const T* tails[outputs];
+    for (int o = 0; o < outputs; ++o) {
+      std::memcpy(static_cast<void*>(padded[o]), weights[o] + whole, (block.size - whole) * sizeof(T));
+      tails[o] = padded[o];
+    }
+    add(tails, 0, whole);
+  }
+  float lanes[kAccumulators];
+#pragma GCC unroll 4
+  for (int v = 0; v < kAccumulators; v += kLanes) store(lanes + v, sums<1>(sum + v));
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    float* const to = sums_of_rows + r * kOutputBlock + first;
+    for (int o = 0; o < outputs; ++o) to[o] += lanes[r * outputs + o];
+  }
+}
+
+// The same for all outputs of the block.
+template <class Dot, int rows, class T>
+void multiply_block(const typename Dot::Packed* inputs, int64_t input_stride, const Block<T>& block,
+                    float* sums_of_rows, NextBlock<T>& next, int64_t groups, int64_t& tile) {
+  constexpr int outputs = outputs_of(rows);
+  for (int64_t first = 0; first < block.outputs; first += outputs, ++tile) {
+    if (tile % groups == 0) next.allow(outputs);
+    multiply_tile<Dot, rows>(inputs, input_stride, block, first, sums_of_rows, next);
+  }
+}
+
+template <class Dot, class T>
+void multiply_block(const typename Dot::Packed* inputs, int64_t input_stride, int64_t rows, const Block<T>& block,
+                    float* sums_of_rows, NextBlock<T> next) {
+  const int64_t groups = (rows + kTileRows - 1) / kTileRows;
+  int64_t tile = 0;
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const auto multiply = [&](auto n) {
+      multiply_block<Dot, n>(inputs + row * input_stride, input_stride, block, sums_of_rows + row * kOutputBlock, next,
+                             groups, tile);
+    };
+    switch (rows - row) {
+      case 1: multiply(std::integral_constant<int, 1>{}); break;
+      case 2: multiply(std::integral_constant<int, 2>{}); break;
+      case 3: multiply(std::integral_constant<int, 3>{}); break;
+      default: multiply(std::integral_constant<int, kTileRows>{});
+    }
+  }
+}
+
+// Zeros after the end of the row, up to a whole chunk.
+template <class Dot, class T>
+void pack_row(const T* row, int64_t size, typename Dot::Packed* packed) {
+  int64_t d = 0;
+  for (; d + kChunk <= size; d += kChunk) Dot::pack(packed + d, Dot::template load_parts<1>(row + d, row + d));
+  if (d == size) return;
+  T padded[kChunk] = {};
+  std::memcpy(static_cast<void*>(padded), row + d, (size - d) * sizeof(T));
+  Dot::pack(packed + d, Dot::template load_parts<1>(padded, padded));
+}
+
+template <class T>
+void begin_sums(const Linear& call, int64_t rows, int64_t first, int64_t outputs, float* sums_of_rows) {
+  std::memset(sums_of_rows, 0, rows * kOutputBlock * sizeof(float));
+  if (!call.bias) return;
+  for (int64_t o = 0; o < outputs; ++o) sums_of_rows[o] = to_float(reinterpret_cast<const T*>(call.bias)[first + o]);
+  for (int64_t r = 1; r < rows; ++r)
+    std::memcpy(sums_of_rows + r * kOutputBlock, sums_of_rows, outputs * sizeof(float));
+}
+
+template <class T>
+void write_sums(const Linear& call, int64_t first_row, int64_t rows, int64_t first, int64_t outputs,
+                const float* sums_of_rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    T* const to = reinterpret_cast<T*>(call.out) + (first_row + r) * call.out_features + first;
+    for (int64_t o = 0; o < outputs; o += kLanes) {
+      const Vec sum = load(sums_of_rows + r * kOutputBlock + o);
+      if (outputs - o >= kLanes) {
+        narrow(to + o, sum);
+      } else {
+        T some[kLanes];
+        narrow(some, sum);
+        std::memcpy(static_cast<void*>(to + o), some, (outputs - o) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class Dot, class T>
+void multiply(const Linear& call, int64_t begin, int64_t end, float* scratch) {
+  using Packed = typename Dot::Packed;
+  const bool in_place = std::is_same_v<Packed, T> && call.in_features % kChunk == 0;
+  float* const sums_of_rows = scratch;
+  Packed* const packed = reinterpret_cast<Packed*>(scratch + call.rows_at_once() * kOutputBlock);
+  const int64_t packed_stride = (call.in_features + kChunk - 1) / kChunk * kChunk;
+  const auto block_at = [&](int64_t output, int64_t input) {
+    return Block<T>{reinterpret_cast<const T*>(call.weight) + output * call.weight_stride + input,
+                    min(kOutputBlock, end - output), min(kInputBlock, call.in_features - input), call.weight_stride};
+  };
+  for (int64_t row = 0; row < call.num_rows; row += kLinearRows) {
+    const int64_t rows = min(kLinearRows, call.num_rows - row);
+    const T* const from = reinterpret_cast<const T*>(call.input) + row * call.row_stride;
+    const Packed* inputs = packed;
+    int64_t stride = packed_stride;
+    if constexpr (std::is_same_v<Packed, T>)
+      if (in_place) inputs = from, stride = call.row_stride;
+    if (!in_place)
+      for (int64_t r = 0; r < rows; ++r)
+        pack_row<Dot>(from + r * call.row_stride, call.in_features, packed + r * packed_stride);
+    for (int64_t output = begin; output < end; output += kOutputBlock) {
+      const int64_t outputs = min(kOutputBlock, end - output);
+      begin_sums<T>(call, rows, output, outputs, sums_of_rows);
+      for (int64_t input = 0; input < call.in_features; input += kInputBlock) {
+        Block<T> next{};
+        if (input + kInputBlock < call.in_features)
+          next = block_at(output, input + kInputBlock);
+        else if (output + kOutputBlock < end)
+          next = block_at(output + kOutputBlock, 0);
+        multiply_block<Dot>(inputs + input, stride, rows, block_at(output, input), sums_of_rows, NextBlock<T>(next));
+      }
+      write_sums<T>(call, row, rows, output, outputs, sums_of_rows);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_rows(const Linear& call, int64_t begin, int64_t end, float* scratch) {
+  switch (call.element) {
+    case Element::kBFloat16: return multiply<BFloat16Dot, BFloat16>(call, begin, end, scratch);
+    case Element::kFloat16: return multiply<FloatDot<Float16>, Float16>(call, begin, end, scratch);
+    default: return multiply<FloatDot<float>, float>(call, begin, end, scratch);
+  }
+}
+
+}  // namespace paged::PAGED_ISA

@@ -1,0 +1,104 @@
+"""linear against float64, and rows against the same rows in other company."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.assertions import assert_as_exact_as_torch, assert_rejects
+from torch_paged import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Rows, inputs, outputs: each number of rows in a tile, blocks of rows, inputs and outputs that are not full.
+SIZES = [
+    (1, 64, 32),
+    (2, 40, 17),
+    (3, 7, 5),
+    (4, 33, 96),
+    (11, 128, 70),
+    (32, 16, 1),
+    (9, 2100, 130),
+    (131, 100, 163),
+    (0, 8, 8),
+    (5, 0, 40),
+    (5, 8, 0),
+]
+
+
+def build(num_rows=3, in_features=7, out_features=5, *, dtype=torch.float32, bias=True, seed=0):
+    """Rows and weights that are parts of wider tensors, NaN beside them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(rows, size):
+        wider = torch.full((rows, size + 8), torch.nan, dtype=dtype)
+        wider[:, :size] = torch.randn(rows, size, generator=generator)
+        return wider[:, :size]
+
+    return {
+        "input": random(num_rows, in_features),
+        "weight": random(out_features, in_features),
+        "bias": random(1, out_features)[0] if bias else None,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_matches_reference(sizes, bias, dtype):
+    given = build(*sizes, dtype=dtype, bias=bias)
+    out = ops.linear(**given)
+    exact = functional.linear(*(None if each is None else each.double() for each in given.values()))
+    assert out.dtype == dtype and out.is_contiguous()
+    assert_as_exact_as_torch(out, exact, functional.linear(*given.values()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_independent_of_their_batch_deterministic(dtype):
+    """To the last bit, whatever tile a row is in."""
+    given = build(141, 1100, 163, dtype=dtype)
+    whole = ops.linear(**given)
+    for first, last in ((0, 1), (3, 8), (8, 20), (126, 141)):
+        part = ops.linear(**given | {"input": given["input"][first:last]})
+        assert torch.equal(part, whole[first:last])
+
+
+def test_threads_share_the_outputs():
+    given = build(4, 512, 3000)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ops.linear(**given)
+        torch.set_num_threads(3)
+        assert torch.equal(ops.linear(**given), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_bias_argument():
+    given = build(bias=False)
+    assert torch.equal(ops.linear(given["input"], given["weight"]), ops.linear(**given))
+
+
+def test_opcheck():
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.paged.linear.default, tuple(build(dtype=dtype).values()))
+
+
+BAD = {
+    "input 3-D": (lambda a: {"input": a["input"][None]}, "input: shape [1, 3, 7]; must be 2-D [rows, in_features]"),
+    "input float64": (lambda a: {"input": a["input"].double()}, "input: float64; must be float32 or bfloat16"),
+    "input strides": (lambda a: {"input": torch.ones(3, 14)[:, ::2]}, "input: strides [14, 2]; must be contiguous"),
+    "input wider": (lambda a: {"input": torch.ones(3, 9)}, "weight: size 7 in dimension 1; must be 9"),
+    "weight 1-D": (lambda a: {"weight": a["weight"][0]}, "weight: shape [7]; must be 2-D [out_features, in_features]"),
+    "weight dtype": (lambda a: {"weight": a["weight"].half()}, "weight: float16; must be float32"),
+    "weight on meta": (lambda a: {"weight": a["weight"].to("meta")}, "weight: on meta; must be on"),
+    "weight strides": (lambda a: {"weight": torch.ones(7, 5).t()}, "weight: strides [1, 5]; must be contiguous"),
+    "bias shape": (lambda a: {"bias": torch.ones(4)}, "bias: size 4 in dimension 0; must be 5 (out_features)"),
+    "bias strides": (lambda a: {"bias": torch.ones(10)[::2]}, "bias: strides [2]; must be contiguous"),
+    "bias dtype": (lambda a: {"bias": torch.ones(5).double()}, "bias: float64; must be float32, like input"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_rejects(change, message):
+    given = build()
+    assert_rejects("linear", given | change(given), message)
