@@ -30,6 +30,10 @@ def rows(num_seqs: int) -> list[Tensor]:
     return [torch.randn(num_seqs, 2, 16), torch.randn(num_seqs, 2, 16), *caches, torch.arange(num_seqs) * 4]
 
 
+def unpacked(num_rows: int) -> list[Tensor]:
+    return [torch.randn(num_rows, 6), torch.ones(5, 6)]
+
+
 def packed(num_rows: int) -> list[Tensor]:
     return [torch.randn(num_rows, 6), ops.pack_linear_weight(torch.ones(5, 6))]
 

@@ -44,6 +44,9 @@ class PagedConfig:
         deterministic: what a request of generate_many gets does not depend on what else runs, likewise.
         compile: compile prefills and decode steps: True with the backend "torch_paged", or a dict of arguments of
             `torch.compile`.
+        fast_linear: on a CPU, linear layers of uncompiled passes with few rows (up to 64) run by
+            `torch_paged.ops.linear`, which reads weights twice as fast and more. False:
+            by PyTorch, whose sums differ in the last bits.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
@@ -64,6 +67,7 @@ class PagedConfig:
     max_num_batched_tokens: int = 2048
     deterministic: bool = False
     compile: bool | dict[str, Any] = False
+    fast_linear: bool = True
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -75,7 +79,8 @@ class PagedConfig:
             if value < least and name != "block_size":
                 raise ValueError(f"{name}: {value}; must be at least {least}")
         check_block_size(self.block_size)
-        flags = ("prefix_caching", "pack_rows", "share_prompts", "drop_finished_rows", "deterministic", "strict")
+        flags = ["prefix_caching", "pack_rows", "share_prompts", "drop_finished_rows", "deterministic"]
+        flags += ["fast_linear", "strict"]
         for name, wanted in (dict.fromkeys(flags, bool) | {"salt": str}).items():
             if not isinstance(value := getattr(self, name), wanted):
                 raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")

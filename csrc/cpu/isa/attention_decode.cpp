@@ -68,7 +68,8 @@ void score_keys(const typename Dot::Packed* query, int64_t query_stride, const S
         next.template prefetch<kChunk>();
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r)
-          sum[v * period + r] = Dot::multiply_add(sum[v * period + r], parts, query + r * query_stride + share * d);
+          sum[v * period + r] =
+              Dot::multiply_add(sum[v * period + r], parts, Dot::load_packed(query + r * query_stride + share * d));
       }
     }
 #pragma GCC unroll 4

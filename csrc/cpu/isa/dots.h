@@ -18,14 +18,16 @@ template <class Stored>
 struct FloatDot {
   using Packed = float;
   using Part = Chunk;
+  using PackedPart = Chunk;
   template <int share>
   PAGED_INLINE Part load_parts(const Stored* a, const Stored* b) {
     if constexpr (share == 2) return load_halves(a, b);
     return load_chunk(a);
   }
   PAGED_INLINE void pack(float* to, Part part) { store_chunk(to, part); }
-  PAGED_INLINE Vec multiply_add(Vec sum, Part stored, const float* packed) {
-    return sum + stored.first * load(packed) + stored.second * load(packed + kLanes);
+  PAGED_INLINE Chunk load_packed(const float* packed) { return load_chunk(packed); }
+  PAGED_INLINE Vec multiply_add(Vec sum, Part stored, Chunk packed) {
+    return sum + stored.first * packed.first + stored.second * packed.second;
   }
 };
 
@@ -33,14 +35,16 @@ struct FloatDot {
 struct BFloat16Dot {
   using Packed = BFloat16;
   using Part = BitVec;
+  using PackedPart = __m512bh;
   template <int share>
   PAGED_INLINE Part load_parts(const BFloat16* a, const BFloat16* b) {
     if constexpr (share == 2) return join<BitVec>(a, b);
     return load_as<BitVec>(a);
   }
   PAGED_INLINE void pack(BFloat16* to, Part part) { store_as(to, part); }
-  PAGED_INLINE Vec multiply_add(Vec sum, Part stored, const BFloat16* packed) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)stored, load_as<__m512bh>(packed));
+  PAGED_INLINE __m512bh load_packed(const BFloat16* packed) { return load_as<__m512bh>(packed); }
+  PAGED_INLINE Vec multiply_add(Vec sum, Part stored, __m512bh packed) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)stored, packed);
   }
 };
 #else

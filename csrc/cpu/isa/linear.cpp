@@ -55,7 +55,7 @@ class NextBlock {
 };
 
 // sums [rows][outputs] += inputs x weights, for rows [0, rows) of the packed inputs and `outputs` rows of the weights.
-template <class Dot, int rows, class T>
+template <class Dot, int rows, bool fetches, class T>
 void multiply_tile(const typename Dot::Packed* inputs, int64_t input_stride, const Block<T>& block, int64_t first,
                    float* sums_of_rows, NextBlock<T>& next) {
   constexpr int outputs = outputs_of(rows);
@@ -63,13 +63,15 @@ void multiply_tile(const typename Dot::Packed* inputs, int64_t input_stride, con
   for (int o = 0; o < outputs; ++o) weights[o] = block.row(min(first + o, block.outputs - 1));
   Vec sum[kAccumulators] = {};
   const auto add = [&](const T* const* from, int64_t at, int64_t d) PAGED_INLINED {
+    typename Dot::PackedPart input[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) input[r] = Dot::load_packed(inputs + r * input_stride + d);
 #pragma GCC unroll 16
     for (int o = 0; o < outputs; ++o) {
       const typename Dot::Part parts = Dot::template load_parts<1>(from[o] + at, from[o] + at);
-      next.prefetch();
+      if constexpr (fetches) next.prefetch();
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r)
-        sum[r * outputs + o] = Dot::multiply_add(sum[r * outputs + o], parts, inputs + r * input_stride + d);
+      for (int r = 0; r < rows; ++r) sum[r * outputs + o] = Dot::multiply_add(sum[r * outputs + o], parts, input[r]);
     }
   };
   const int64_t whole = block.size / kChunk * kChunk;
@@ -99,8 +101,12 @@ void multiply_block(const typename Dot::Packed* inputs, int64_t input_stride, co
                     float* sums_of_rows, NextBlock<T>& next, int64_t groups, int64_t& tile) {
   constexpr int outputs = outputs_of(rows);
   for (int64_t first = 0; first < block.outputs; first += outputs, ++tile) {
-    if (tile % groups == 0) next.allow(outputs);
-    multiply_tile<Dot, rows>(inputs, input_stride, block, first, sums_of_rows, next);
+    if (tile % groups == 0) {
+      next.allow(outputs);
+      multiply_tile<Dot, rows, true>(inputs, input_stride, block, first, sums_of_rows, next);
+    } else {
+      multiply_tile<Dot, rows, false>(inputs, input_stride, block, first, sums_of_rows, next);
+    }
   }
 }
 

@@ -1,0 +1,189 @@
+"""Linear layers of native passes with few rows run by torch.ops.paged.linear, all others by PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+import torch_paged
+from torch_paged import generate_many
+
+from .many import prompts
+from .models import assert_same_tokens, batch, generate, tiny, twin
+
+# Of the tiny models: three layers with seven each, and the one that makes logits.
+LAYERS = 22
+
+
+class Rows(TorchDispatchMode):
+    """Notes how many rows each call of the op gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.paged.linear.default:
+            self.rows.append(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def rows_of_calls() -> Iterator[list[int]]:
+    with Rows() as mode:
+        yield mode.rows
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "mixtral"])
+def test_tokens_are_those_of_stock(name: str) -> None:
+    model = tiny(name)
+    inputs = batch([5, 9, 2])
+    expected = generate(model, inputs)
+    other = twin(model)
+    with torch_paged.paged(other), rows_of_calls() as rows:
+        actual = generate(other, inputs)
+    assert rows
+    assert_same_tokens(model, expected, actual, inputs)
+
+
+def test_prefills_of_few_tokens_and_all_steps() -> None:
+    model = tiny("llama")
+    steps = [3] * LAYERS
+    for lengths, prefill in (([5, 9, 2], [16] * (LAYERS - 1) + [3]), ([50, 15, 1], [3])):
+        with torch_paged.paged(model), rows_of_calls() as rows:
+            generate(model, batch(lengths), max_new_tokens=3, eos_token_id=None)
+        assert rows == prefill + 2 * steps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_as_exact_as_in_stock(dtype: torch.dtype) -> None:
+    model = tiny("llama", dtype)
+    inputs = batch([5, 9, 2])
+    options: dict[str, Any] = dict(max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+    exact = generate(tiny("llama").to(dtype).double(), inputs, **options).logits[0]
+    stock = generate(model, inputs, **options).logits[0]
+    with torch_paged.paged(model), rows_of_calls() as rows:
+        ours = generate(model, inputs, **options).logits[0]
+    assert len(rows) == LAYERS
+    assert (ours - exact).abs().max() <= 2 * (stock - exact).abs().max()
+
+
+def _knob(model: PreTrainedModel) -> dict[str, Any]:
+    return {"fast_linear": False}
+
+
+def _transposed(model: PreTrainedModel) -> dict[str, Any]:
+    for module in linears(model):
+        module.weight = nn.Parameter(module.weight.t().contiguous().t())
+    return {}
+
+
+def _own_weights(model: PreTrainedModel) -> dict[str, Any]:
+    """Weights of a class of their own, as quantised ones are."""
+
+    class Weight(nn.Parameter):
+        pass
+
+    for module in linears(model):
+        module.weight = Weight(module.weight.detach())
+    return {}
+
+
+def _float64(model: PreTrainedModel) -> dict[str, Any]:
+    model.double()
+    return {}
+
+
+def _own_class(model: PreTrainedModel) -> dict[str, Any]:
+    class Own(nn.Linear):
+        pass
+
+    for module in linears(model):
+        module.__class__ = Own
+    return {}
+
+
+@pytest.mark.parametrize("change", [_knob, _transposed, _own_weights, _float64, _own_class])
+def test_others_run_by_pytorch(change: Callable[[PreTrainedModel], dict[str, Any]]) -> None:
+    model = tiny("llama")
+    knobs = change(model)
+    inputs = batch([5, 9, 2])
+    expected = generate(model, inputs)
+    with torch_paged.paged(model, **knobs), rows_of_calls() as rows:
+        actual = generate(model, inputs)
+    assert rows == []
+    assert_same_tokens(model, expected, actual, inputs)
+
+
+def test_under_autocast_and_with_gradients_by_pytorch() -> None:
+    model = tiny("llama")
+    inputs = batch([5, 9])
+    with torch_paged.paged(model), rows_of_calls() as rows:
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(model, inputs)
+        model(**inputs, past_key_values=torch_paged.PagedCache(model.config))
+        assert rows == []
+        with torch.no_grad():
+            model(**inputs, past_key_values=torch_paged.PagedCache(model.config))
+        assert len(rows) == LAYERS
+
+
+def test_a_pass_without_a_paged_cache_has_the_bits_of_stock() -> None:
+    model = tiny("llama")
+    inputs = batch([5, 9])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with torch_paged.paged(model), rows_of_calls() as rows:
+            assert torch.equal(model(**inputs).logits, expected)
+    assert rows == []
+
+
+def test_deterministic_requests_run_by_pytorch() -> None:
+    model = tiny("llama")
+    with torch_paged.paged(model), rows_of_calls() as rows:
+        for deterministic in (True, False):
+            list(generate_many(model, prompts([4, 7]), max_new_tokens=3, deterministic=deterministic))
+            assert bool(rows) is not deterministic
+
+
+def test_gathered_models_run_by_pytorch() -> None:
+    model = tiny("diffllama")
+    with torch_paged.paged(model), rows_of_calls() as rows:
+        generate(model, batch([5, 9]))
+    assert rows == []
+
+
+def test_layers_are_stock_again() -> None:
+    model = tiny("llama")
+    handle = torch_paged.patch(model)
+    patched = {type(module) for module in linears(model)}
+    assert nn.Linear not in patched and len(patched) == 1
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model.lm_head)):
+        assert {type(module) for module in linears(other)} == {nn.Linear}
+    handle.unpatch()
+    assert {type(module) for module in linears(model)} == {nn.Linear}
+
+
+def test_a_wrong_input_is_refused_as_in_stock() -> None:
+    model = tiny("llama")
+    with torch.no_grad(), pytest.raises(RuntimeError) as stock:
+        model.lm_head(torch.ones(2, 63))
+    torch_paged.patch(model)
+    broken: Any = model.model.layers[1].mlp
+    broken.gate_proj.forward, plain = lambda x: plain(x[..., :63]), broken.gate_proj.forward
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        generate(model, batch([5, 9]))
+    assert "mat1 and mat2 shapes cannot be multiplied" in str(stock.value)
