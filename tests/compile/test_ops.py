@@ -31,7 +31,7 @@ def rows(num_seqs: int) -> list[Tensor]:
 
 
 def unpacked(num_rows: int) -> list[Tensor]:
-    return [torch.randn(num_rows, 6), torch.ones(5, 6)]
+    return [torch.randn(num_rows, 16), torch.ones(24, 16)]
 
 
 def packed(num_rows: int) -> list[Tensor]:
