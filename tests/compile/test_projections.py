@@ -138,6 +138,31 @@ def test_weights_are_packed_once_for_all_graphs(made: list[str]) -> None:
 
 
 @torch.no_grad()
+def test_unchanged_weights_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups = []
+
+    def kept(sources: Any, make: Any, look_up: Any = frozen._kept) -> Tensor:
+        lookups.append(make.__name__)
+        return look_up(sources, make)
+
+    monkeypatch.setattr(frozen, "_kept", kept)
+    model = Two()
+    compiled = torch.compile(model, backend="torch_paged")
+    x = torch.ones(1, 6)
+    compiled(x)
+    lookups.clear()
+    compiled(x)
+    assert lookups == []
+    for change in (lambda: model.b.weight.mul_(2), repack):
+        change()
+        torch.testing.assert_close(compiled(x), model(x))
+        assert sorted(lookups) == ["merged_weights", "packed_weights"]
+        lookups.clear()
+        compiled(x)
+        assert lookups == []
+
+
+@torch.no_grad()
 def test_one_graph_for_layers_that_look_alike(made: list[str]) -> None:
     """As when a model's layers are compiled one by one: each has its own packed weights."""
     models = [Two(), Two()]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torch_paged.compile.cuda_graphs import cuda_graph_settings, is_decode_step
-from torch_paged.compile.frozen import Derived
+from torch_paged.compile.frozen import Derived, DerivedInputs
 from torch_paged.compile.options import CompileOptions
 from torch_paged.compile.projections import freeze_projections
 
@@ -63,8 +63,10 @@ def compile_graph(
     if len(used) == len(example_inputs) and not derived:
         return compiled
 
+    added = DerivedInputs(derived)
+
     def with_derived(*inputs: Any) -> Any:
-        inputs += tuple([each.tensor(inputs) for each in derived])
+        inputs += tuple(added.tensors(inputs))
         return compiled(*[inputs[place] for place in used])
 
     return with_derived
