@@ -47,7 +47,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "mixtral", "jamba"])
 def test_tokens_are_those_of_stock(name: str) -> None:
     model = tiny(name)
     inputs = batch([5, 9, 2])

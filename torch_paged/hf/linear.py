@@ -37,7 +37,7 @@ def _fast_class() -> Any:
         def forward(self, input: Tensor) -> Tensor:
             # Not in graphs, where the backend chooses.
             if not torch.compiler.is_compiling() and current.fast_linear and _is_plain(self, input):
-                rows = linear(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
+                rows = linear(input.reshape(-1, input.shape[-1]).contiguous(), self.weight, self.bias)
                 return rows.view(*input.shape[:-1], rows.shape[1])
             return nn.Linear.forward(self, input)
 
