@@ -48,7 +48,7 @@ void attend(const AttentionCall& call, const AttentionKernels& kernels, const Sp
         }
         const AttentionWork* const gang = work++;
         while (work < end_of_thread && work - gang < kGang && differs_in_heads_alone(*gang, *work)) ++work;
-        kernels.decode(call, gang, work - gang, work < end_of_thread ? work : nullptr, own, partials);
+        kernels.decode(call, gang, work - gang, end_of_thread, own, partials);
       }
     }
   });

@@ -44,10 +44,10 @@ static inline int64_t scratch_floats(const AttentionCall& call) {
   return kPrefillRows * (k + v + 2 * kTileKeys) + kTileKeys * (k + v);
 }
 
-// Pieces that differ in their heads alone, up to kGang of them, are worked on together, tile by tile. `following` is
-// what the same thread works on next, or null: its first keys can be fetched from memory meanwhile.
+// Pieces that differ in their heads alone, up to kGang of them, are worked on together, tile by tile. What the same
+// thread works on next lies behind them, up to `end`: its first keys can be fetched from memory meanwhile.
 using AttendGang = void (*)(const AttentionCall& call, const AttentionWork* gang, int64_t count,
-                            const AttentionWork* following, float* scratch, float* partials);
+                            const AttentionWork* end, float* scratch, float* partials);
 using AttendPiece = void (*)(const AttentionCall& call, const AttentionWork& work, float* scratch, float* partials);
 using MergePieces = void (*)(const AttentionCall& call, const AttentionWork* pieces, int64_t count, float* partials);
 

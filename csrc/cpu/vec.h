@@ -23,6 +23,16 @@
 namespace paged::PAGED_ISA {
 namespace {
 
+// Calls `run` with 0, 1, ..., count - 1 as compile-time constants, so that arrays it indexes by them stay in registers.
+template <class Run, int... i>
+PAGED_INLINE void unrolled(const Run& run, std::integer_sequence<int, i...>) {
+  (run(std::integral_constant<int, i>{}), ...);
+}
+template <int count, class Run>
+PAGED_INLINE void unrolled(const Run& run) {
+  unrolled(run, std::make_integer_sequence<int, count>{});
+}
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -215,8 +225,8 @@ PAGED_INLINE Vec pick(Vec a, Vec b) {
 
 template <int stride, int... lane>
 PAGED_INLINE Vec add_interleaved(Vec a, Vec b, std::integer_sequence<int, lane...>) {
-  return pick<(lane & stride ? kLanes + lane - stride : lane)...>(a, b) +
-         pick<(lane & stride ? kLanes + lane : lane + stride)...>(a, b);
+  const Vec stay = pick<(lane & stride ? kLanes + lane : lane)...>(a, b);
+  return stay + pick<(lane & stride ? lane - stride : kLanes + lane + stride)...>(b, a);
 }
 
 // Lane i of the result is the sum of v[i % (kLanes / parts)] over that one of its `parts` which lane i lies in.

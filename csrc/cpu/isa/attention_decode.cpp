@@ -13,7 +13,7 @@ constexpr int period_of(int rows) { return rows <= 1 ? 1 : rows <= 2 ? 2 : rows 
 // 13.3 GB/s instead of 12.2, 4 rows 24.8 instead of 25.5; AVX2, 7 rows 6.6 instead of 7.1).
 constexpr int share_of(int rows) { return kLanes == 16 && rows > 4 ? 2 : 1; }
 
-// Rows of the next tile, fetched while the same part of this tile is used: keys while keys are scored, values while
+// Rows of a tile to come, fetched while the same part of this tile is used: keys while keys are scored, values while
 // values are added, so that memory is busy in every phase (2 cores of a 4th generation Xeon, random blocks of 16,
 // bfloat16: 22.3 GB/s; the whole rows at once, one phase ahead: 20.7). Into the second-level cache, as the first
 // level's fill buffers are too few (there into the first level: 8.5; Zen 4, one core: 14, into the first level 7).
@@ -79,48 +79,48 @@ void score_keys(const typename Dot::Packed* query, int64_t query_stride, const S
 }
 
 // accumulated [rows][width] += weights [count][period] x values, for `chunks` chunks of the values' rows from `d` on.
-template <int rows, int chunks, class Stored>
+// Where a sum takes two rows at a time, these are `apart` keys apart, and the weights of both lie with the first.
+template <int rows, int chunks, class Sum, class Stored>
 PAGED_INLINE void add_chunks(const float* weights, int period, const Stored* const* values, int64_t count, int64_t d,
                              float* accumulated, int64_t width, NextRows<Stored>& next) {
-  Chunk sum[rows][chunks];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < chunks; ++c) sum[r][c] = load_chunk(accumulated + r * width + d + c * kChunk);
-  for (int64_t k = 0; k < count; ++k) {
-    const Stored* value = values[k] + d;
-    next.template prefetch<chunks * kChunk>();
-#pragma GCC unroll 4
-    for (int c = 0; c < chunks; ++c) {
-      const Chunk part = load_chunk(value + c * kChunk);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        sum[r][c].first += part.first * weights[k * period + r];
-        sum[r][c].second += part.second * weights[k * period + r];
-      }
-    }
+  constexpr int vectors = 2 * chunks;
+  constexpr int64_t apart = kLanes / period_of(rows);
+  Vec sum[rows * vectors];
+  unrolled<rows * vectors>(
+      [&](auto i) PAGED_INLINED { sum[i] = load(accumulated + i / vectors * width + d + i % vectors * kLanes); });
+  for (int64_t i = 0; i < count / Sum::kRows; ++i) {
+    const int64_t k = Sum::kRows == 1 ? i : i / apart * 2 * apart + i % apart;
+    const Stored *first = values[k] + d, *second = values[k + (Sum::kRows - 1) * apart] + d;
+    unrolled<Sum::kRows>([&](auto) PAGED_INLINED { next.template prefetch<chunks * kChunk>(); });
+    unrolled<chunks>([&](auto c) PAGED_INLINED {
+      const Chunk part = Sum::load_rows(first + c * kChunk, second + c * kChunk);
+      unrolled<rows>([&](auto r) PAGED_INLINED {
+        const auto weight = load_as<typename Sum::Weight>(weights + k * period + r);
+        constexpr int at = r * vectors + 2 * c;
+        sum[at] = Sum::multiply_add(sum[at], part.first, weight);
+        sum[at + 1] = Sum::multiply_add(sum[at + 1], part.second, weight);
+      });
+    });
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < chunks; ++c) store_chunk(accumulated + r * width + d + c * kChunk, sum[r][c]);
+  unrolled<rows * vectors>(
+      [&](auto i) PAGED_INLINED { store(accumulated + i / vectors * width + d + i % vectors * kLanes, sum[i]); });
 }
 
-template <int rows, class Stored>
+template <int rows, class Sum, class Stored>
 void add_values(const float* weights, int period, const Stored* const* values, int64_t count, int64_t size,
                 float* accumulated, int64_t width, NextRows<Stored>& next) {
   constexpr int at_once = kAccumulators / 2;
   if constexpr (rows > at_once) {
-    add_values<at_once>(weights, period, values, count, size, accumulated, width, next);
+    add_values<at_once, Sum>(weights, period, values, count, size, accumulated, width, next);
     NextRows<Stored> nothing;
-    add_values<rows - at_once>(weights + at_once, period, values, count, size, accumulated + at_once * width, width,
-                               nothing);
+    add_values<rows - at_once, Sum>(weights + at_once, period, values, count, size, accumulated + at_once * width,
+                                    width, nothing);
   } else {
     constexpr int fitting = at_once / rows, chunks = fitting > 4 ? 4 : fitting;
     int64_t d = 0;
     for (; d + chunks * kChunk <= size; d += chunks * kChunk)
-      add_chunks<rows, chunks>(weights, period, values, count, d, accumulated, width, next);
-    for (; d < size; d += kChunk) add_chunks<rows, 1>(weights, period, values, count, d, accumulated, width, next);
+      add_chunks<rows, chunks, Sum>(weights, period, values, count, d, accumulated, width, next);
+    for (; d < size; d += kChunk) add_chunks<rows, 1, Sum>(weights, period, values, count, d, accumulated, width, next);
   }
 }
 
@@ -139,10 +139,16 @@ PAGED_INLINE void with_rows(int64_t rows, const Run& run) {
   }
 }
 
+// Puts the weights of two keys, rounded, where those of the first were.
+PAGED_INLINE void pair_weights(float* weights, int64_t size) {
+  for (int64_t i = 0; i < size; i += 2 * kLanes)
+    store_as(weights + i, bfloat16_pairs(load(weights + i), load(weights + i + kLanes)));
+}
+
 // Adds the weighted values of a tile. A value that a row does not see is not multiplied by its weight of 0, as it may
 // be NaN: keys that all rows see are taken together, the others row by row.
-template <class Stored>
-void accumulate(const Rows& rows, int64_t count, const float* weights, const Stored* const* values, int64_t first_key,
+template <class Sum, class Stored>
+void accumulate(const Rows& rows, int64_t count, float* weights, const Stored* const* values, int64_t first_key,
                 int64_t keys, int64_t size, float* accumulated, NextRows<Stored> next) {
   const int64_t width = padded(size);
   for (int64_t r = 0; r < count; ++r) {
@@ -154,14 +160,27 @@ void accumulate(const Rows& rows, int64_t count, const float* weights, const Sto
   int64_t begin = within(rows.every_begin), end = within(rows.every_end);
   if (begin >= end) begin = end = keys;
   with_rows(count, [&](auto n) {
-    add_values<n>(weights + begin * rows.period, rows.period, values + begin, end - begin, size, accumulated, width,
-                  next);
+    constexpr int period = period_of(n), together = 2 * kLanes / period;
+    const auto add = [&](auto sum, int64_t from, int64_t to) PAGED_INLINED {
+      if (from < to)
+        add_values<n, decltype(sum)>(weights + from * period, period, values + from, to - from, size, accumulated,
+                                     width, next);
+    };
+    int64_t some = begin, most = begin;
+    if constexpr (Sum::kRows == 2) {
+      some = min((begin + together - 1) / together * together, end);
+      most = max(some, end / together * together);
+      pair_weights(weights + some * period, (most - some) * period);
+      add(Sum{}, some, most);
+    }
+    add(FloatSum<Stored>{}, begin, some);
+    add(FloatSum<Stored>{}, most, end);
   });
   NextRows<Stored> nothing;
   const auto add_to_row = [&](int64_t r, int64_t from, int64_t to) {
     if (from < to)
-      add_values<1>(weights + from * rows.period + r, rows.period, values + from, to - from, size,
-                    accumulated + r * width, width, nothing);
+      add_values<1, FloatSum<Stored>>(weights + from * rows.period + r, rows.period, values + from, to - from, size,
+                                      accumulated + r * width, width, nothing);
   };
   for (int64_t r = 0; r < count; ++r) {
     add_to_row(r, within(rows.begin[r]), min(within(rows.end[r]), begin));
@@ -169,9 +188,16 @@ void accumulate(const Rows& rows, int64_t count, const float* weights, const Sto
   }
 }
 
-// Pointers to the rows of two tiles, so that one can be fetched while the other is used.
+// Turns by which fetching is ahead of using. 2 cores of an AMD EPYC, Zen 4, random blocks of 16, 32/8x128, 8 sequences
+// of 2,048 tokens: 1 turn bfloat16 19.5 GB/s, float32 21.2; 2 turns 25.0 and 24.7; 4 turns 22.2 and 24.4; a bare read
+// 25.6 and 29.0. Short rows lose by it: 14/2x64, 16 sequences, bfloat16 17.6 and 16.7, float32 18.6 and 20.2.
+constexpr int kMostAhead = 2;
+constexpr size_t kLongRow = 256;  // bytes
+
+// Pointers to the rows of a tile.
 template <class T>
 struct TileRows {
+  int64_t keys;
   const T *key[kTileKeys], *value[kTileKeys];
 };
 
@@ -203,8 +229,8 @@ struct Member {
 // go, wherever the next one lies. 2 cores of a 4th generation Xeon, random blocks of 16, bfloat16, GB/s with one piece
 // after the other and with gangs: 32/8x128, 8 sequences of 2,048 tokens 22.9 and 24.0 (float32 24.5 and 26.3), one of
 // 32,768 19.0 and 22.1, blocks of 128 there 25.1.
-template <class T, class Stored, class Dot, bool in_place>
-void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, const AttentionWork* following,
+template <class T, class Stored, class Dot, class Sum, bool in_place>
+void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, const AttentionWork* end,
             float* scratch, float* partials) {
   const int64_t count = rows_of(*gang), key_width = padded(call.head_dim), value_width = padded(call.v_head_dim);
   const int64_t chunked_size = (call.head_dim + kChunk - 1) / kChunk * kChunk;
@@ -236,29 +262,35 @@ void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, 
   }
 
   alignas(64) float scores[kTileKeys * kDecodeRows];
-  TileRows<T> cached[2];
+  TileRows<T> cached[kMostAhead + 1];
   TileRows<Stored> packed;
-  // The rows of a piece's tile that begins with key `first`, and how many they are.
-  const auto find = [&](const AttentionWork& piece, int64_t first, TileRows<T>& tile) {
-    const int64_t keys = min(kTileKeys, piece.key_end - first);
-    find_rows(call, piece, call.key_cache, call.key, first, keys, tile.key);
-    find_rows(call, piece, call.value_cache, call.value, first, keys, tile.value);
-    return keys;
+  const int ahead = call.head_dim * sizeof(T) >= kLongRow ? kMostAhead : 1;
+  const AttentionWork* const following = gang + size;
+  // Looks tiles up in the order in which they are used, the first ones of the gang that follows at the end.
+  int64_t next_first = gang->key_begin, next_piece = 0;
+  const auto find_next = [&](TileRows<T>& tile) {
+    const bool own = next_first < gang->key_end;
+    const AttentionWork* const piece = own ? gang + next_piece : following + next_piece;
+    tile.keys = 0;
+    if (piece < end && (own || piece == following || differs_in_heads_alone(*following, *piece))) {
+      const int64_t first = own ? next_first : piece->key_begin;
+      tile.keys = min(kTileKeys, piece->key_end - first);
+      find_rows(call, *piece, call.key_cache, call.key, first, tile.keys, tile.key);
+      find_rows(call, *piece, call.value_cache, call.value, first, tile.keys, tile.value);
+    }
+    if (++next_piece == size && own) next_piece = 0, next_first += kTileKeys;
   };
-  const int64_t end = gang->key_end;
-  int64_t keys = find(*gang, gang->key_begin, cached[0]), next_keys;
-  int current = 0;
-  for (int64_t first = gang->key_begin; first < end; first += keys, keys = next_keys) {
-    for (int64_t m = 0; m < size; ++m, current ^= 1) {
+  for (int i = 0; i < ahead; ++i) find_next(cached[i]);
+  int current = 0, farthest = ahead;
+  for (int64_t first = gang->key_begin; first < gang->key_end; first += kTileKeys) {
+    for (int64_t m = 0; m < size; ++m) {
       Member<Dot>& member = members[m];
       const TileRows<T>& tile = cached[current];
-      TileRows<T>& next = cached[current ^ 1];
-      if (m + 1 < size)
-        next_keys = find(gang[m + 1], first, next);
-      else if (first + keys < end)
-        next_keys = find(*gang, first + keys, next);
-      else
-        next_keys = following ? find(*following, following->key_begin, next) : 0;
+      TileRows<T>& next = cached[farthest];
+      find_next(next);
+      current = current == ahead ? 0 : current + 1;
+      farthest = farthest == ahead ? 0 : farthest + 1;
+      const int64_t keys = tile.keys;
       const Stored* const* key_rows;
       const Stored* const* value_rows;
       if constexpr (in_place) {
@@ -272,44 +304,44 @@ void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, 
       }
       NextRows<Stored> next_key_rows, next_value_rows;
       if constexpr (in_place) {
-        next_key_rows = {next.key, next_keys, call.head_dim};
-        next_value_rows = {next.value, next_keys, call.v_head_dim};
+        next_key_rows = {next.key, next.keys, call.head_dim};
+        next_value_rows = {next.value, next.keys, call.v_head_dim};
       }
       with_rows(count, [&](auto n) {
         score_keys<n, Dot>(member.query, 2 * key_width, key_rows, keys, chunked_size, scores, next_key_rows);
       });
       online_softmax(member.rows, member.how, scores, first, keys);
-      accumulate(member.rows, count, scores, value_rows, first, keys, call.v_head_dim, member.accumulated,
-                 next_value_rows);
+      accumulate<Sum>(member.rows, count, scores, value_rows, first, keys, call.v_head_dim, member.accumulated,
+                      next_value_rows);
     }
   }
   for (int64_t m = 0; m < size; ++m)
     end_rows<T>(call, gang[m], 0, count, members[m].rows, members[m].accumulated, partials);
 }
 
-template <class T, class Dot>
-void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, const AttentionWork* following,
+template <class T, class Dot, class Sum>
+void decode(const AttentionCall& call, const AttentionWork* gang, int64_t size, const AttentionWork* end,
             float* scratch, float* partials) {
   const bool in_place = call.key.dim == 1 && call.head_dim % kChunk == 0 && call.v_head_dim % kChunk == 0;
   if (in_place)
-    decode<T, T, Dot, true>(call, gang, size, following, scratch, partials);
+    decode<T, T, Dot, Sum, true>(call, gang, size, end, scratch, partials);
   else
-    decode<T, float, FloatDot<float>, false>(call, gang, size, following, scratch, partials);
+    decode<T, float, FloatDot<float>, FloatSum<float>, false>(call, gang, size, end, scratch, partials);
 }
 
 }  // namespace
 
 void attention_decode_float32(const AttentionCall& call, const AttentionWork* gang, int64_t size,
-                              const AttentionWork* following, float* scratch, float* partials) {
-  decode<float, FloatDot<float>>(call, gang, size, following, scratch, partials);
+                              const AttentionWork* end, float* scratch, float* partials) {
+  decode<float, FloatDot<float>, FloatSum<float>>(call, gang, size, end, scratch, partials);
 }
 void attention_decode_bfloat16(const AttentionCall& call, const AttentionWork* gang, int64_t size,
-                               const AttentionWork* following, float* scratch, float* partials) {
-  decode<BFloat16, BFloat16Dot>(call, gang, size, following, scratch, partials);
+                               const AttentionWork* end, float* scratch, float* partials) {
+  decode<BFloat16, BFloat16Dot, BFloat16Sum>(call, gang, size, end, scratch, partials);
 }
 void attention_decode_float16(const AttentionCall& call, const AttentionWork* gang, int64_t size,
-                              const AttentionWork* following, float* scratch, float* partials) {
-  decode<Float16, FloatDot<Float16>>(call, gang, size, following, scratch, partials);
+                              const AttentionWork* end, float* scratch, float* partials) {
+  decode<Float16, FloatDot<Float16>, FloatSum<Float16>>(call, gang, size, end, scratch, partials);
 }
 
 }  // namespace paged::PAGED_ISA

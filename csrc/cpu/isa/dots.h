@@ -31,6 +31,15 @@ struct FloatDot {
   }
 };
 
+// Sums of weighted rows, a row at a time.
+template <class Stored>
+struct FloatSum {
+  static constexpr int kRows = 1;
+  using Weight = float;
+  PAGED_INLINE Chunk load_rows(const Stored* row, const Stored*) { return load_chunk(row); }
+  PAGED_INLINE Vec multiply_add(Vec sum, Vec values, float weight) { return sum + values * weight; }
+};
+
 #if defined(__AVX512BF16__)
 struct BFloat16Dot {
   using Packed = BFloat16;
@@ -47,8 +56,22 @@ struct BFloat16Dot {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)stored, packed);
   }
 };
+
+// Two rows at a time: a lane has an element of each, and a weight is those of both, rounded.
+struct BFloat16Sum {
+  static constexpr int kRows = 2;
+  using Weight = uint32_t;
+  PAGED_INLINE Chunk load_rows(const BFloat16* first, const BFloat16* second) {
+    const BitVec a = load_as<BitVec>(first), b = load_as<BitVec>(second);
+    return {(Vec)((a & 0xffff) | b << 16), (Vec)(a >> 16 | (b & 0xffff0000))};
+  }
+  PAGED_INLINE Vec multiply_add(Vec sum, Vec values, uint32_t weights) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)values, (__m512bh)_mm512_set1_epi32(int(weights)));
+  }
+};
 #else
 using BFloat16Dot = FloatDot<BFloat16>;
+using BFloat16Sum = FloatSum<BFloat16>;
 #endif
 
 }  // namespace
