@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -102,6 +103,12 @@ def _own_weights(model: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
+def _biases_that_broadcast(model: PreTrainedModel) -> dict[str, Any]:
+    for module in linears(model):
+        module.bias = nn.Parameter(torch.full((1, module.out_features), 0.1))
+    return {}
+
+
 def _float64(model: PreTrainedModel) -> dict[str, Any]:
     model.double()
     return {}
@@ -116,7 +123,7 @@ def _own_class(model: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("change", [_knob, _transposed, _own_weights, _float64, _own_class])
+@pytest.mark.parametrize("change", [_knob, _transposed, _own_weights, _biases_that_broadcast, _float64, _own_class])
 def test_others_run_by_pytorch(change: Callable[[PreTrainedModel], dict[str, Any]]) -> None:
     model = tiny("llama")
     knobs = change(model)
@@ -173,8 +180,37 @@ def test_layers_are_stock_again() -> None:
     assert nn.Linear not in patched and len(patched) == 1
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model.lm_head)):
         assert {type(module) for module in linears(other)} == {nn.Linear}
+    # A class derived from ours meanwhile.
+    parametrizations.weight_norm(model.lm_head)
     handle.unpatch()
+    parametrize.remove_parametrizations(model.lm_head, "weight")
     assert {type(module) for module in linears(model)} == {nn.Linear}
+
+
+@pytest.mark.parametrize(
+    "input",
+    [torch.tensor(1.0), None, torch.ones(2, 8).to_sparse(), torch.ones(2, 8).to_mkldnn(), torch.ones(2, 0)],
+    ids=["0-D", "None", "sparse", "MKL-DNN", "no inputs"],
+)
+def test_odd_inputs_end_as_in_stock(input: Any) -> None:
+    """In a pass in which the op could be taken."""
+
+    def outcome(layer: nn.Linear) -> Any:
+        try:
+            return layer(input).to_dense().tolist()
+        except Exception as error:
+            return type(error)
+
+    model = tiny("llama")
+    layer = nn.Linear(0 if input is not None and input.shape[-1:] == (0,) else 8, 4)
+    model.odd = layer
+    with torch.no_grad():
+        expected = outcome(layer)
+        torch_paged.patch(model)
+        ends = []
+        model.lm_head.register_forward_hook(lambda *arguments: ends.append(outcome(layer)))
+        model(**batch([5]), past_key_values=torch_paged.PagedCache(model.config))
+    assert ends == [expected]
 
 
 def test_a_wrong_input_is_refused_as_in_stock() -> None:

@@ -52,8 +52,11 @@ class DerivedInputs:
             tensors = [tensor for reference in last.tensors if (tensor := reference()) is not None]
             if len(tensors) == len(self._derived):
                 return tensors
-        forgotten = _forgotten.times
-        tensors = [each.tensor(inputs) for each in self._derived]
+        forgotten = -1
+        while forgotten != _forgotten.times:
+            # Tensors that are made again count, here and in other threads.
+            forgotten = _forgotten.times
+            tensors = [each.tensor(inputs) for each in self._derived]
         sources = [(place, weakref.ref(inputs[place]), _facts([inputs[place]])) for place in self._places]
         self._last = _Seen(forgotten, sources, [weakref.ref(tensor) for tensor in tensors])
         return tensors
@@ -164,6 +167,9 @@ def _kept(sources: Sequence[Tensor], make: Make) -> Tensor:
     _watch_optimizers()
     with _lock, torch.no_grad(), torch.inference_mode(False):
         tensor = make(sources)
+        if entry is not None:
+            # Other graphs have seen the tensor of before, which changes or goes.
+            _forgotten.times += 1
         if entry is not None and entry.is_of(sources) and _alike(entry.tensor, tensor):
             # In place: CUDA graphs know the address.
             entry.tensor.copy_(tensor)

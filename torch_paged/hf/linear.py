@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged.hf.call import current
-from torch_paged.hf.disguise import disguise, stock_class
+from torch_paged.hf.disguise import disguise, undisguise
 from torch_paged.ops import linear
 
 # With more, products are bound by arithmetic, and PyTorch's are as fast.
@@ -27,8 +27,8 @@ def install(model: nn.Module) -> None:
 def uninstall(model: nn.Module) -> None:
     """Undo `install`."""
     for module in model.modules():
-        if type(module) is _fast_class():
-            module.__class__ = stock_class(_fast_class())
+        if isinstance(module, _fast_class()):
+            undisguise(module)
 
 
 @functools.cache
@@ -47,17 +47,22 @@ def _fast_class() -> Any:
 
 def _is_plain(module: nn.Linear, input: Tensor) -> bool:
     """Whether `linear` computes what nn.Linear does, and faster."""
-    weight, bias, dtype = module.weight, module.bias, input.dtype
+    if type(input) is not Tensor or input.dim() == 0 or type(module.weight) is not nn.Parameter:
+        return False
+    weight, bias = module.weight, module.bias
     return (
-        input.numel() <= _MOST_ROWS * input.shape[-1]
-        and input.device.type == "cpu"
-        and dtype in _DTYPES
+        0 < input.numel() <= _MOST_ROWS * input.shape[-1]
+        and input.dtype in _DTYPES
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and type(weight) is nn.Parameter
-        and weight.layout == torch.strided
-        and weight.dtype == dtype
+        and all(each is None or _is_plain_on_cpu(each, input.dtype) for each in (input, weight, bias))
+        and weight.dim() == 2
         and weight.shape[1] == input.shape[-1]
         and weight.is_contiguous()
-        and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
     )
+
+
+def _is_plain_on_cpu(tensor: Tensor, dtype: torch.dtype) -> bool:
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    return plain and tensor.dtype == dtype and tensor.device.type == "cpu"
