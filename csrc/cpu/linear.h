@@ -1,7 +1,6 @@
 // A linear layer over weights as nn.Linear keeps them.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "../cache_calls.h"
@@ -22,7 +21,7 @@ struct Linear {
   int64_t element_size;
   int64_t num_rows, in_features, out_features, row_stride, weight_stride;
 
-  int64_t rows_at_once() const { return std::min(num_rows, kLinearRows); }
+  int64_t rows_at_once() const { return num_rows < kLinearRows ? num_rows : kLinearRows; }
 };
 
 // Outputs [begin, end) for all rows. `scratch` has linear_scratch_floats.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import torch_paged
 from torch_paged import generate_many
+from torch_paged.hf.call import current
 
 from .many import prompts
 from .models import assert_same_tokens, batch, generate, tiny, twin
@@ -195,7 +196,8 @@ def test_layers_are_stock_again() -> None:
 def test_odd_inputs_end_as_in_stock(input: Any) -> None:
     """In a pass in which the op could be taken."""
 
-    def outcome(layer: nn.Linear) -> Any:
+    def outcome(layer: nn.Linear, in_pass: bool) -> Any:
+        assert current.fast_linear is in_pass
         try:
             return layer(input).to_dense().tolist()
         except Exception as error:
@@ -205,10 +207,10 @@ def test_odd_inputs_end_as_in_stock(input: Any) -> None:
     layer = nn.Linear(0 if input is not None and input.shape[-1:] == (0,) else 8, 4)
     model.odd = layer
     with torch.no_grad():
-        expected = outcome(layer)
+        expected = outcome(layer, in_pass=False)
         torch_paged.patch(model)
         ends = []
-        model.lm_head.register_forward_hook(lambda *arguments: ends.append(outcome(layer)))
+        model.lm_head.register_forward_hook(lambda *arguments: ends.append(outcome(layer, in_pass=True)))
         model(**batch([5]), past_key_values=torch_paged.PagedCache(model.config))
     assert ends == [expected]
 

@@ -45,8 +45,7 @@ class PagedConfig:
         compile: compile prefills and decode steps: True with the backend "torch_paged", or a dict of arguments of
             `torch.compile`.
         fast_linear: on a CPU, linear layers of uncompiled passes with few rows (up to 64) run by
-            `torch_paged.ops.linear`, which reads weights twice as fast and more. False:
-            by PyTorch, whose sums differ in the last bits.
+            `torch_paged.ops.linear`, which is faster there. False: by PyTorch, whose sums differ in the last bits.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
