@@ -3,31 +3,22 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../op_views.h"
 #include "linear.h"
+#include "linear_checks.h"
 
 namespace paged {
 namespace {
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Arg rows{input, "input"}, weights{weight, "weight"};
-  check_dim(rows, 2, "[rows, in_features]");
-  check_dtype(rows, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-  check_last_dim_contiguous(rows);
+  check_linear_input(rows);
   check_dim(weights, 2, "[out_features, in_features]");
   check_same_dtype(weights, rows);
   check_same_device(weights, rows);
   check_size(weights, 1, input.size(1), "in_features of input");
   check_last_dim_contiguous(weights);
   const int64_t out_features = weight.size(0);
-  if (bias) {
-    const Arg added{*bias, "bias"};
-    check_dim(added, 1, "[out_features]");
-    check_same_dtype(added, rows);
-    check_same_device(added, rows);
-    check_size(added, 0, out_features, "out_features");
-    check_contiguous(added);
-  }
+  check_linear_bias(bias, rows, out_features);
   Tensor out = torch::stable::new_empty(input, {input.size(0), out_features});
   if (out.numel() > 0)
     cpu::linear({static_cast<const char*>(input.const_data_ptr()), static_cast<const char*>(weight.const_data_ptr()),

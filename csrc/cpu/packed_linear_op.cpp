@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../op_views.h"
+#include "linear_checks.h"
 #include "packed_linear.h"
 
 namespace paged {
@@ -12,9 +12,7 @@ namespace {
 Tensor packed_linear(const Tensor& input, const Tensor& packed_weight, const std::optional<Tensor>& bias,
                      int64_t out_features) {
   const Arg rows{input, "input"}, weight{packed_weight, "packed_weight"};
-  check_dim(rows, 2, "[rows, in_features]");
-  check_dtype(rows, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-  check_last_dim_contiguous(rows);
+  check_linear_input(rows);
   check_at_least_0("out_features", out_features);
   check_dim(weight, 3, "[ceil(out_features / 32), ceil(in_features / 2), 64]");
   check_same_dtype(weight, rows);
@@ -23,14 +21,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed_weight, const std
   check_size(weight, 0, (out_features + cpu::kPanel - 1) / cpu::kPanel, "panels of 32 out_features");
   check_size(weight, 1, (input.size(1) + 1) / 2, "pairs of in_features of input");
   check_size(weight, 2, 2 * cpu::kPanel, "a panel's pairs");
-  if (bias) {
-    const Arg added{*bias, "bias"};
-    check_dim(added, 1, "[out_features]");
-    check_same_dtype(added, rows);
-    check_same_device(added, rows);
-    check_size(added, 0, out_features, "out_features");
-    check_contiguous(added);
-  }
+  check_linear_bias(bias, rows, out_features);
   Tensor out = torch::stable::new_empty(input, {input.size(0), out_features});
   if (out.numel() > 0)
     cpu::packed_linear(
