@@ -12,25 +12,26 @@
   constexpr AttentionKernels attention_##dtype = {attention_decode_##dtype, attention_prefill_##dtype,             \
                                                   attention_merge_##dtype};
 
-#define PAGED_INSTRUCTION_SET(isa)     \
-  namespace paged::isa {               \
-  PAGED_DECLARE_ATTENTION(float32)     \
-  PAGED_DECLARE_ATTENTION(bfloat16)    \
-  PAGED_DECLARE_ATTENTION(float16)     \
-  cpu::StoreTokens store_tokens;       \
-  cpu::RotateTokens rotate_tokens;     \
-  cpu::LoadBlocks load_blocks;         \
-  cpu::CopyBlock copy_block;           \
-  cpu::MergeStates merge_states;       \
-  cpu::MultiplyPanels multiply_panels; \
-  cpu::MultiplyRows multiply_rows;     \
+#define PAGED_INSTRUCTION_SET(isa)          \
+  namespace paged::isa {                    \
+  PAGED_DECLARE_ATTENTION(float32)          \
+  PAGED_DECLARE_ATTENTION(bfloat16)         \
+  PAGED_DECLARE_ATTENTION(float16)          \
+  cpu::StoreTokens store_tokens;            \
+  cpu::RotateTokens rotate_tokens;          \
+  cpu::LoadBlocks load_blocks;              \
+  cpu::CopyBlock copy_block;                \
+  cpu::MergeStates merge_states;            \
+  cpu::MultiplyPanels multiply_panels;      \
+  cpu::MultiplyFewRows multiply_few_rows;   \
+  cpu::MultiplyManyRows multiply_many_rows; \
   }
 
 #define PAGED_KERNELS(isa, machine_has_it, machine_likes_it)                                                         \
   CpuKernels {                                                                                                       \
     #isa, machine_has_it, machine_likes_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16, \
         isa::store_tokens, isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::merge_states,                 \
-        isa::multiply_panels, isa::multiply_rows                                                                     \
+        isa::multiply_panels, isa::multiply_few_rows, isa::multiply_many_rows                                        \
   }
 
 #if defined(__aarch64__)

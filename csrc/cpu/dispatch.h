@@ -25,7 +25,8 @@ struct CpuKernels {
   cpu::CopyBlock* copy_block;
   cpu::MergeStates* merge_states;
   cpu::MultiplyPanels* multiply_panels;
-  cpu::MultiplyRows* multiply_rows;
+  cpu::MultiplyFewRows* multiply_few_rows;
+  cpu::MultiplyManyRows* multiply_many_rows;
 };
 
 // The best set that this machine runs, or the one named by the environment variable TORCH_PAGED_CPU_ISA.

@@ -180,6 +180,15 @@ PAGED_INLINE void narrow(BFloat16* to, Vec v) {
   store_as(to, __builtin_convertvector(round_to_bfloat16(v) >> 16, ShortVec));
 }
 
+// The first `count` lanes.
+template <class T>
+PAGED_INLINE void narrow(T* to, Vec v, int64_t count) {
+  if (count >= kLanes) return narrow(to, v);
+  T some[kLanes];
+  narrow(some, v);
+  std::memcpy(static_cast<void*>(to), some, count * sizeof(T));
+}
+
 PAGED_INLINE void store_chunk(float* to, Chunk c) {
   store(to, c.first);
   store(to + kLanes, c.second);
@@ -227,6 +236,25 @@ template <int stride, int... lane>
 PAGED_INLINE Vec add_interleaved(Vec a, Vec b, std::integer_sequence<int, lane...>) {
   const Vec stay = pick<(lane & stride ? kLanes + lane : lane)...>(a, b);
   return stay + pick<(lane & stride ? lane - stride : kLanes + lane + stride)...>(b, a);
+}
+
+// Lanes of a where the lane's number lacks the bit `stride`, else those of b, `stride` lanes before.
+template <int stride, int... lane>
+PAGED_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
+  const Vec low = pick<(lane & stride ? kLanes + lane - stride : lane)...>(a, b);
+  b = pick<(lane & stride ? kLanes + lane : lane + stride)...>(a, b);
+  a = low;
+}
+
+// Lane j of v[i] becomes lane i of v[j].
+template <int stride = 1>
+PAGED_INLINE void transpose(Vec* v) {
+  if constexpr (stride < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & stride)) exchange<stride>(v[i], v[i + stride], std::make_integer_sequence<int, kLanes>{});
+    transpose<stride * 2>(v);
+  }
 }
 
 // Lane i of the result is the sum of v[i % (kLanes / parts)] over that one of its `parts` which lane i lies in.

@@ -8,7 +8,8 @@ from tests.assertions import assert_as_exact_as_torch, assert_rejects
 from torch_paged import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rows, inputs, outputs: each number of rows in a tile, blocks of rows, inputs and outputs that are not full.
+# Rows, inputs, outputs: each number of rows in a tile, blocks of rows, inputs and outputs that are not full; from 13
+# rows on another kernel computes them.
 SIZES = [
     (1, 64, 32),
     (2, 40, 17),
@@ -17,10 +18,17 @@ SIZES = [
     (11, 128, 70),
     (32, 16, 1),
     (9, 2100, 130),
+    (13, 33, 17),
+    (48, 600, 40),
+    (113, 7, 3),
     (131, 100, 163),
+    (300, 1030, 40),
+    (530, 70, 300),
     (0, 8, 8),
     (5, 0, 40),
     (5, 8, 0),
+    (70, 0, 40),
+    (70, 8, 0),
 ]
 
 
@@ -51,24 +59,33 @@ def test_matches_reference(sizes, bias, dtype):
     assert_as_exact_as_torch(out, exact, functional.linear(*given.values()))
 
 
+PARTS = {
+    "few": (12, [(0, 1), (3, 8), (4, 12)]),
+    "many": (571, [(0, 13), (15, 90), (200, 571), (555, 571)]),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_are_independent_of_their_batch_deterministic(dtype):
+@pytest.mark.parametrize(("num_rows", "parts"), PARTS.values(), ids=PARTS)
+def test_rows_are_independent_of_their_batch_deterministic(num_rows, parts, dtype):
     """To the last bit, whatever tile a row is in."""
-    given = build(141, 1100, 163, dtype=dtype)
+    given = build(num_rows, 1100, 163, dtype=dtype)
     whole = ops.linear(**given)
-    for first, last in ((0, 1), (3, 8), (8, 20), (126, 141)):
+    for first, last in parts:
         part = ops.linear(**given | {"input": given["input"][first:last]})
         assert torch.equal(part, whole[first:last])
 
 
-def test_threads_share_the_outputs():
-    given = build(4, 512, 3000)
+@pytest.mark.parametrize("num_rows", [4, 100, 600])
+def test_threads_share_the_work(num_rows):
+    given = build(num_rows, 512, 1100)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = ops.linear(**given)
-        torch.set_num_threads(3)
-        assert torch.equal(ops.linear(**given), alone)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(ops.linear(**given), alone)
     finally:
         torch.set_num_threads(before)
 

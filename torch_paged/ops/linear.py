@@ -1,4 +1,4 @@
-"""linear: a linear layer on a CPU over weights as nn.Linear keeps them, for the few rows of a decode step."""
+"""linear: a linear layer on a CPU over weights as nn.Linear keeps them."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `input @ weight.T + bias`, summed in float32 and rounded once.
 
-    A row's result does not depend on the other rows. Up to 128 rows read the weights once.
+    A row's result does not depend on the other rows, only, in its last bits, on whether there are 13 or more of them:
+    fewer are multiplied by weights that stay where they are, at the speed of memory; for more, blocks of both are
+    packed, at the speed of arithmetic, in float32 where the CPU has no dot products of bfloat16 or slow ones.
 
     Args:
         input: `[rows, in_features]`, float32, bfloat16 or float16, on a CPU, last dimension contiguous.
@@ -25,7 +27,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: dtype, shape, strides or device of an argument is wrong.
 
     Source: blocks that stay in the caches, Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication,
-    ACM TOMS 34(3), 2008; nothing is packed, as inputs and weights both have what is summed over in their rows.
+    ACM TOMS 34(3), 2008.
     """
     with value_errors():
         out: Tensor = torch.ops.paged.linear(input, weight, bias)

@@ -1,28 +1,18 @@
 // Attention of many query rows that share a KV head: tiles of K and V are packed once and used by all rows.
 #include "attention_rows.h"
 #include "cached_rows.h"
+#include "products.h"
 
 namespace paged::PAGED_ISA {
 namespace {
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kBlock = 8;  // scalars of the left factor at once: 16 accumulators of 32 registers
-#else
-constexpr int kBlock = 4;  // 8 accumulators of 16 registers
-#endif
 
 // Rows lie in panels of kChunk lanes: packed query [panel][head_dim][lane], scores and weights [panel][key][lane].
 constexpr int kPanels = kPrefillRows / kChunk;
 static_assert(kPrefillRows % kChunk == 0 && kTileKeys % kBlock == 0 && kChunk % kBlock == 0);
 
-// How the factors of both products are packed and multiplied: in floats.
+// How the factors of both products are packed: as floats.
 template <class T>
-struct Floats {
-  using Factor = float;
-  static constexpr int kTerms = 1;  // elements in one factor
-  PAGED_INLINE Vec load_factors(const float* from) { return load(from); }
-  PAGED_INLINE Vec multiply_add(Vec sum, float left, Vec right) { return sum + right * left; }
-
+struct Floats : FloatFactors {
   static void pack_query(const T* row, int64_t size, float* to, int64_t stride) {
     for (int64_t d = 0; d < size; d += kChunk) {
       float chunk[kChunk];
@@ -39,15 +29,8 @@ struct Floats {
 };
 
 #if defined(__AVX512BF16__)
-// In pairs of bfloat16, each the two terms of a dot product; the weights are rounded to bfloat16 too.
-struct BFloat16Pairs {
-  using Factor = uint32_t;
-  static constexpr int kTerms = 2;
-  PAGED_INLINE Vec load_factors(const uint32_t* from) { return load_as<Vec>(from); }
-  PAGED_INLINE Vec multiply_add(Vec sum, uint32_t left, Vec right) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
-  }
-
+// In pairs of bfloat16; the weights are rounded to bfloat16 too.
+struct BFloat16Pairs : BFloat16Factors {
   static void pack_query(const BFloat16* row, int64_t size, uint32_t* to, int64_t stride) {
     for (int64_t d = 0; d < size / 2; ++d) std::memcpy(to + d * stride, row + 2 * d, sizeof(uint32_t));
   }
@@ -75,25 +58,6 @@ struct BFloat16Pairs {
 #else
 using BFloat16Pairs = Floats<BFloat16>;
 #endif
-
-// product [kBlock][kChunk] of `terms` factors: left[i * left_row + k * left_step] times right[k][kChunk].
-template <class Factors>
-PAGED_INLINE void multiply(const typename Factors::Factor* left, int64_t left_row, int64_t left_step,
-                           const typename Factors::Factor* right, int64_t terms, Chunk* product) {
-  Chunk sum[kBlock] = {};
-  for (int64_t k = 0; k < terms; ++k) {
-    const Vec first = Factors::load_factors(right + k * kChunk);
-    const Vec second = Factors::load_factors(right + k * kChunk + kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kBlock; ++i) {
-      const typename Factors::Factor factor = left[i * left_row + k * left_step];
-      sum[i].first = Factors::multiply_add(sum[i].first, factor, first);
-      sum[i].second = Factors::multiply_add(sum[i].second, factor, second);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kBlock; ++i) product[i] = sum[i];
-}
 
 // One piece of work, with what it keeps packed in the scratch memory.
 template <class T, class Factors>
@@ -161,9 +125,10 @@ struct Prefill {
     const Rows& panel = rows[p];
     for (int64_t k = 0; k < n; k += kBlock) {
       if (first + k >= panel.some_end || first + k + kBlock <= panel.some_begin) continue;
-      Chunk product[kBlock];
-      multiply<Factors>(keys + k * query_terms, query_terms, 1, query + p * kChunk * query_terms, query_terms, product);
-      for (int i = 0; i < kBlock; ++i) store_chunk(scores + (p * kTileKeys + k + i) * kChunk, product[i]);
+      Vec product[2 * kBlock];
+      multiply<Factors, kBlock, 2>(keys + k * query_terms, query_terms, 1, query + p * kChunk * query_terms,
+                                   query_terms, product, [](int64_t) {});
+      for (int i = 0; i < 2 * kBlock; ++i) store(scores + (p * kTileKeys + k) * kChunk + i * kLanes, product[i]);
     }
   }
 
@@ -180,15 +145,16 @@ struct Prefill {
     to = (to + Factors::kTerms - 1) / Factors::kTerms;
     if (from >= to) return;
     for (int64_t d = 0; d < call.v_head_dim; d += kChunk) {
-      Chunk product[kBlock];
-      multiply<Factors>(weights + from * kChunk + block, 1, kChunk,
-                        values + d * kTileKeys / Factors::kTerms + from * kChunk, to - from, product);
+      Vec product[2 * kBlock];
+      multiply<Factors, kBlock, 2>(weights + from * kChunk + block, 1, kChunk,
+                                   values + d * kTileKeys / Factors::kTerms + from * kChunk, to - from, product,
+                                   [](int64_t) {});
       for (int64_t i = begin; i < end; ++i) {
         float* row = accumulated + (p * kChunk + block + i) * value_width + d;
         const Chunk before = load_chunk(row);
         const float correction = panel.correction[block + i];
-        store_chunk(
-            row, Chunk{before.first * correction + product[i].first, before.second * correction + product[i].second});
+        store_chunk(row,
+                    Chunk{before.first * correction + product[2 * i], before.second * correction + product[2 * i + 1]});
       }
     }
   }

@@ -114,13 +114,7 @@ void multiply_tile(const PackedLinear& call, int64_t first_row, const float* inp
         for (int64_t i = 0; i < count; ++i) bias[i] = to_float(reinterpret_cast<const T*>(call.bias)[output + i]);
       for (int r = 0; r < rows; ++r) {
         T* to = reinterpret_cast<T*>(call.out) + (first_row + r) * call.out_features + output;
-        if (count == kLanes) {
-          narrow(to, sums[r][v] + load(bias));
-        } else {
-          T some[kLanes];
-          narrow(some, sums[r][v] + load(bias));
-          std::memcpy(static_cast<void*>(to), some, count * sizeof(T));
-        }
+        narrow(to, sums[r][v] + load(bias), count);
       }
     }
   }

@@ -1,15 +1,14 @@
-// Multiplies rows by the rows of a weight, both as they are stored, summing in float32.
-#include "../linear.h"
-
+// Multiplies few rows by the rows of a weight, both as they are stored, summing in float32.
 #include <type_traits>
 
+#include "../linear.h"
 #include "dots.h"
+#include "weight_block.h"
 
 namespace paged::PAGED_ISA {
 namespace {
 
 using cpu::kInputBlock;
-using cpu::kLinearRows;
 using cpu::kOutputBlock;
 using cpu::Linear;
 
@@ -18,41 +17,6 @@ static_assert(kOutputBlock % kAccumulators == 0 && kInputBlock % kChunk == 0);
 // Of a tile; its outputs are as many as there are sums for.
 constexpr int kTileRows = 4;
 constexpr int outputs_of(int rows) { return kAccumulators / (rows == 3 ? kTileRows : rows); }
-
-PAGED_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A block of a weight: rows of `size` elements, `stride` apart.
-template <class T>
-struct Block {
-  const T* weight;
-  int64_t outputs, size, stride;
-
-  const T* row(int64_t output) const { return weight + output * stride; }
-};
-
-// The next block, brought from memory into the second-level cache while this one is used, in the order of addresses.
-template <class T>
-class NextBlock {
- public:
-  explicit NextBlock(const Block<T>& block) : block_(block) {}
-
-  // So many more of its rows.
-  void allow(int64_t outputs) { end_ = min(end_ + outputs, block_.outputs); }
-
-  PAGED_INLINED void prefetch() {
-    constexpr int kLine = 64 / sizeof(T);
-    if (row_ >= end_) return;
-    const T* const from = block_.row(row_) + at_;
-#pragma GCC unroll 2
-    for (int line = 0; line < kChunk; line += kLine) __builtin_prefetch(from + line, 0, 2);
-    at_ += kChunk > kLine ? kChunk : kLine;
-    if (at_ >= block_.size) at_ = 0, ++row_;
-  }
-
- private:
-  Block<T> block_;
-  int64_t row_ = 0, at_ = 0, end_ = 0;
-};
 
 // sums [rows][outputs] += inputs x weights, for rows [0, rows) of the packed inputs and `outputs` rows of the weights.
 template <class Dot, int rows, bool fetches, class T>
@@ -150,63 +114,52 @@ void begin_sums(const Linear& call, int64_t rows, int64_t first, int64_t outputs
 }
 
 template <class T>
-void write_sums(const Linear& call, int64_t first_row, int64_t rows, int64_t first, int64_t outputs,
-                const float* sums_of_rows) {
-  for (int64_t r = 0; r < rows; ++r) {
-    T* const to = reinterpret_cast<T*>(call.out) + (first_row + r) * call.out_features + first;
-    for (int64_t o = 0; o < outputs; o += kLanes) {
-      const Vec sum = load(sums_of_rows + r * kOutputBlock + o);
-      if (outputs - o >= kLanes) {
-        narrow(to + o, sum);
-      } else {
-        T some[kLanes];
-        narrow(some, sum);
-        std::memcpy(static_cast<void*>(to + o), some, (outputs - o) * sizeof(T));
-      }
-    }
+void write_sums(const Linear& call, int64_t first, int64_t outputs, const float* sums_of_rows) {
+  for (int64_t r = 0; r < call.num_rows; ++r) {
+    T* const to = reinterpret_cast<T*>(call.out) + r * call.out_features + first;
+    for (int64_t o = 0; o < outputs; o += kLanes)
+      narrow(to + o, load(sums_of_rows + r * kOutputBlock + o), outputs - o);
   }
 }
 
 template <class Dot, class T>
 void multiply(const Linear& call, int64_t begin, int64_t end, float* scratch) {
   using Packed = typename Dot::Packed;
-  const bool in_place = std::is_same_v<Packed, T> && call.in_features % kChunk == 0;
+  const int64_t rows = call.num_rows;
   float* const sums_of_rows = scratch;
-  Packed* const packed = reinterpret_cast<Packed*>(scratch + call.rows_at_once() * kOutputBlock);
-  const int64_t packed_stride = (call.in_features + kChunk - 1) / kChunk * kChunk;
+  Packed* const packed = reinterpret_cast<Packed*>(scratch + rows * kOutputBlock);
+  const Packed* inputs = packed;
+  int64_t stride = (call.in_features + kChunk - 1) / kChunk * kChunk;
+  const T* const from = reinterpret_cast<const T*>(call.input);
+  bool in_place = false;
+  if constexpr (std::is_same_v<Packed, T>) {
+    in_place = call.in_features % kChunk == 0;
+    if (in_place) inputs = from, stride = call.row_stride;
+  }
+  if (!in_place)
+    for (int64_t r = 0; r < rows; ++r) pack_row<Dot>(from + r * call.row_stride, call.in_features, packed + r * stride);
   const auto block_at = [&](int64_t output, int64_t input) {
     return Block<T>{reinterpret_cast<const T*>(call.weight) + output * call.weight_stride + input,
                     min(kOutputBlock, end - output), min(kInputBlock, call.in_features - input), call.weight_stride};
   };
-  for (int64_t row = 0; row < call.num_rows; row += kLinearRows) {
-    const int64_t rows = min(kLinearRows, call.num_rows - row);
-    const T* const from = reinterpret_cast<const T*>(call.input) + row * call.row_stride;
-    const Packed* inputs = packed;
-    int64_t stride = packed_stride;
-    if constexpr (std::is_same_v<Packed, T>)
-      if (in_place) inputs = from, stride = call.row_stride;
-    if (!in_place)
-      for (int64_t r = 0; r < rows; ++r)
-        pack_row<Dot>(from + r * call.row_stride, call.in_features, packed + r * packed_stride);
-    for (int64_t output = begin; output < end; output += kOutputBlock) {
-      const int64_t outputs = min(kOutputBlock, end - output);
-      begin_sums<T>(call, rows, output, outputs, sums_of_rows);
-      for (int64_t input = 0; input < call.in_features; input += kInputBlock) {
-        Block<T> next{};
-        if (input + kInputBlock < call.in_features)
-          next = block_at(output, input + kInputBlock);
-        else if (output + kOutputBlock < end)
-          next = block_at(output + kOutputBlock, 0);
-        multiply_block<Dot>(inputs + input, stride, rows, block_at(output, input), sums_of_rows, NextBlock<T>(next));
-      }
-      write_sums<T>(call, row, rows, output, outputs, sums_of_rows);
+  for (int64_t output = begin; output < end; output += kOutputBlock) {
+    const int64_t outputs = min(kOutputBlock, end - output);
+    begin_sums<T>(call, rows, output, outputs, sums_of_rows);
+    for (int64_t input = 0; input < call.in_features; input += kInputBlock) {
+      Block<T> next{};
+      if (input + kInputBlock < call.in_features)
+        next = block_at(output, input + kInputBlock);
+      else if (output + kOutputBlock < end)
+        next = block_at(output + kOutputBlock, 0);
+      multiply_block<Dot>(inputs + input, stride, rows, block_at(output, input), sums_of_rows, NextBlock<T>(next));
     }
+    write_sums<T>(call, output, outputs, sums_of_rows);
   }
 }
 
 }  // namespace
 
-void multiply_rows(const Linear& call, int64_t begin, int64_t end, float* scratch) {
+void multiply_few_rows(const Linear& call, int64_t begin, int64_t end, float* scratch) {
   switch (call.element) {
     case Element::kBFloat16: return multiply<BFloat16Dot, BFloat16>(call, begin, end, scratch);
     case Element::kFloat16: return multiply<FloatDot<Float16>, Float16>(call, begin, end, scratch);

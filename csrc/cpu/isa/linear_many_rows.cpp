@@ -1,0 +1,178 @@
+// Multiplies many rows by the rows of a weight: both are packed in blocks that stay in the caches while they are used.
+#include "../linear.h"
+#include "products.h"
+#include "weight_block.h"
+
+namespace paged::PAGED_ISA {
+namespace {
+
+using cpu::kManyInputs;
+using cpu::kManyOutputs;
+using cpu::kManyRows;
+using cpu::Linear;
+
+static_assert(kManyRows % kChunk == 0 && kManyInputs % kChunk == 0 && kManyOutputs % kChunk == 0);
+
+// Elements [at, at + kChunk) of a row as vectors of factors, in an order that is the same for inputs and weights.
+template <class T>
+PAGED_INLINE void load_chunk_of_factors(FloatFactors, const T* row, int64_t count, Vec* factors) {
+  const Chunk chunk = load_chunk(row, count);
+  factors[0] = chunk.first;
+  factors[1] = chunk.second;
+}
+#if defined(__AVX512BF16__)
+PAGED_INLINE void load_chunk_of_factors(BFloat16Factors, const BFloat16* row, int64_t count, Vec* factors) {
+  factors[0] = (Vec)_mm512_maskz_loadu_epi16(count >= kChunk ? ~0u : (1u << count) - 1, row);
+}
+#endif
+
+// A block of rows and outputs: sums [output][row] of one block of inputs after the other.
+template <class T, class Factors>
+struct ManyRows {
+  using Factor = typename Factors::Factor;
+  static constexpr int kVectors = 2 / Factors::kTerms;  // of a chunk's factors
+  static constexpr int64_t kFactors = kManyInputs / Factors::kTerms;
+  static constexpr int kOutputs = 2 * kBlock;  // at a time
+
+  const Linear& call;
+  float* sums;      // [kManyOutputs][kManyRows]
+  Factor* inputs;   // [panel][factor][row of the panel]
+  Factor* weights;  // [kOutputs][factor]
+
+  ManyRows(const Linear& call, float* scratch) : call(call), sums(scratch) {
+    scratch += kManyOutputs * kManyRows;
+    inputs = reinterpret_cast<Factor*>(scratch);
+    weights = inputs + kManyRows * kFactors;
+  }
+
+  const T* input_row(int64_t row) const { return reinterpret_cast<const T*>(call.input) + row * call.row_stride; }
+  const T* weight_row(int64_t output) const {
+    return reinterpret_cast<const T*>(call.weight) + output * call.weight_stride;
+  }
+
+  // Rows of a panel: kChunk, or kLanes of the last one if there are no more.
+  static int64_t panel_rows(int64_t rows_left) { return rows_left > kLanes ? kChunk : kLanes; }
+
+  void pack_inputs(int64_t first_row, int64_t rows, int64_t first_input, int64_t size) {
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t panel = r / kChunk * kChunk, stride = panel_rows(rows - panel), count = min(kLanes, rows - r);
+      for (int64_t d = 0; d < size; d += kChunk) {
+        Vec part[kVectors][kLanes] = {};
+        for (int64_t i = 0; i < count; ++i) {
+          Vec factors[kVectors];
+          load_chunk_of_factors(Factors{}, input_row(first_row + r + i) + first_input + d, size - d, factors);
+          for (int v = 0; v < kVectors; ++v) part[v][i] = factors[v];
+        }
+        Factor* const to = inputs + panel * kFactors + d / Factors::kTerms * stride + r - panel;
+        for (int v = 0; v < kVectors; ++v) {
+          transpose(part[v]);
+          for (int i = 0; i < kLanes; ++i) store_as(to + (v * kLanes + i) * stride, part[v][i]);
+        }
+      }
+    }
+  }
+
+  void pack_weights(const Block<T>& block) {
+    for (int64_t o = 0; o < kOutputs; ++o) {
+      const T* const from = block.row(min(o, block.outputs - 1));
+      for (int64_t d = 0; d < block.size; d += kChunk) {
+        Vec factors[kVectors];
+        load_chunk_of_factors(Factors{}, from + d, block.size - d, factors);
+        for (int v = 0; v < kVectors; ++v)
+          store_as(weights + o * kFactors + d / Factors::kTerms + v * kLanes, factors[v]);
+      }
+    }
+  }
+
+  // sums [scalars][kManyRows] += weights x inputs
+  template <int scalars, int vectors>
+  void add_product(const Factor* some_weights, const Factor* panel, int64_t factors, float* to, bool first,
+                   NextBlock<T>& next) {
+    constexpr int often = kChunk / (scalars * Factors::kTerms);
+    NextBlock<T> fetched = next;  // in registers
+    Vec product[scalars * vectors];
+    multiply<Factors, scalars, vectors>(some_weights, kFactors, 1, panel, factors, product,
+                                        [&](int64_t k) PAGED_INLINED {
+                                          if (k % often == 0) fetched.prefetch();
+                                        });
+    next = fetched;
+    for (int i = 0; i < scalars; ++i)
+      for (int v = 0; v < vectors; ++v) {
+        float* const sum = to + i * kManyRows + v * kLanes;
+        store(sum, first ? product[i * vectors + v] : load(sum) + product[i * vectors + v]);
+      }
+  }
+
+  void add_products(int64_t rows, const Block<T>& block, bool first) {
+    const int64_t factors = (block.size + kChunk - 1) / kChunk * kChunk / Factors::kTerms;
+    for (int64_t o = 0; o < block.outputs; o += kOutputs) {
+      pack_weights(block.part(o, kOutputs));
+      NextBlock<T> next(block.part(o + kOutputs, kOutputs));
+      next.allow(kOutputs);
+      for (int64_t r = 0; r < rows; r += kChunk) {
+        float* const to = sums + o * kManyRows + r;
+        if (panel_rows(rows - r) == kLanes) {
+          add_product<kOutputs, 1>(weights, inputs + r * kFactors, factors, to, first, next);
+        } else {
+          for (int part = 0; part < kOutputs; part += kBlock)
+            add_product<kBlock, 2>(weights + part * kFactors, inputs + r * kFactors, factors, to + part * kManyRows,
+                                   first, next);
+        }
+      }
+    }
+  }
+
+  void write(int64_t first_row, int64_t rows, int64_t first_output, int64_t outputs) {
+    for (int64_t o = 0; o < outputs; o += kLanes) {
+      const int64_t count = min(kLanes, outputs - o);
+      float bias[kLanes] = {};
+      if (call.bias)
+        for (int64_t i = 0; i < count; ++i)
+          bias[i] = to_float(reinterpret_cast<const T*>(call.bias)[first_output + o + i]);
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = load(sums + (o + i) * kManyRows + r);
+        transpose(block);
+        for (int64_t i = 0; i < min(kLanes, rows - r); ++i) {
+          T* const to = reinterpret_cast<T*>(call.out) + (first_row + r + i) * call.out_features + first_output + o;
+          narrow(to, block[i] + load(bias), outputs - o);
+        }
+      }
+    }
+  }
+};
+
+template <class T, class Factors>
+void multiply(const Linear& call, int64_t row_begin, int64_t row_end, int64_t output_begin, int64_t output_end,
+              float* scratch) {
+  ManyRows<T, Factors> block(call, scratch);
+  for (int64_t row = row_begin; row < row_end; row += kManyRows) {
+    const int64_t rows = min(kManyRows, row_end - row);
+    for (int64_t output = output_begin; output < output_end; output += kManyOutputs) {
+      const int64_t outputs = min(kManyOutputs, output_end - output);
+      int64_t input = 0;
+      do {
+        const int64_t size = min(kManyInputs, call.in_features - input);
+        block.pack_inputs(row, rows, input, size);
+        block.add_products(rows, {block.weight_row(output) + input, outputs, size, call.weight_stride}, input == 0);
+        input += kManyInputs;
+      } while (input < call.in_features);
+      block.write(row, rows, output, outputs);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_many_rows(const Linear& call, int64_t row_begin, int64_t row_end, int64_t output_begin,
+                        int64_t output_end, float* scratch) {
+  switch (call.element) {
+    case Element::kBFloat16:
+      return multiply<BFloat16, BFloat16Factors>(call, row_begin, row_end, output_begin, output_end, scratch);
+    case Element::kFloat16:
+      return multiply<Float16, FloatFactors>(call, row_begin, row_end, output_begin, output_end, scratch);
+    default: return multiply<float, FloatFactors>(call, row_begin, row_end, output_begin, output_end, scratch);
+  }
+}
+
+}  // namespace paged::PAGED_ISA
