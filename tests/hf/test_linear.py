@@ -1,4 +1,4 @@
-"""Linear layers of native passes with few rows run by torch.ops.paged.linear, all others by PyTorch."""
+"""Linear layers of native passes run by torch.ops.paged.linear where it is the faster one, all others by PyTorch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import torch_paged
 from torch_paged import generate_many
+from torch_paged.hf import linear as fast_linear
 from torch_paged.hf.call import current
 
 from .many import prompts
@@ -63,17 +64,19 @@ def test_tokens_are_those_of_stock(name: str) -> None:
 
 def test_prefills_of_few_tokens_and_all_steps() -> None:
     model = tiny("llama")
-    steps = [3] * LAYERS
-    for lengths, prefill in (([5, 9, 2], [16] * (LAYERS - 1) + [3]), ([50, 15, 1], [3])):
-        with torch_paged.paged(model), rows_of_calls() as rows:
-            generate(model, batch(lengths), max_new_tokens=3, eos_token_id=None)
-        assert rows == prefill + 2 * steps
+    with torch_paged.paged(model), rows_of_calls() as rows:
+        generate(model, batch([5, 9, 2]), max_new_tokens=3, eos_token_id=None)
+    assert rows == [16] * (LAYERS - 1) + [3] + 2 * [3] * LAYERS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_halves_are_as_exact_as_in_stock(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("lengths", [[5, 9, 2], [50, 15, 90]], ids=str)
+def test_halves_are_as_exact_as_in_stock(
+    lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_linear, "most_rows", lambda dtype: sum(lengths))
     model = tiny("llama", dtype)
-    inputs = batch([5, 9, 2])
+    inputs = batch(lengths)
     options: dict[str, Any] = dict(max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     exact = generate(tiny("llama").to(dtype).double(), inputs, **options).logits[0]
     stock = generate(model, inputs, **options).logits[0]
@@ -81,6 +84,34 @@ def test_halves_are_as_exact_as_in_stock(dtype: torch.dtype) -> None:
         ours = generate(model, inputs, **options).logits[0]
     assert len(rows) == LAYERS
     assert (ours - exact).abs().max() <= 2 * (stock - exact).abs().max()
+
+
+# Instruction set, whether there is AMX, and the types of which many rows run by the op.
+CPUS: dict[str, tuple[str, bool, list[torch.dtype]]] = {
+    "AVX2": ("avx2", False, [torch.bfloat16, torch.float16]),
+    "AVX-512": ("avx512", False, [torch.bfloat16, torch.float16]),
+    "fast dot products": ("avx512bf16", False, [torch.float16]),
+    "AMX": ("avx512", True, []),
+    "ARM": ("neon", False, []),
+}
+
+
+@pytest.mark.parametrize(("instruction_set", "amx", "many"), CPUS.values(), ids=CPUS)
+def test_prefills_of_many_tokens_by_the_faster_one(
+    instruction_set: str, amx: bool, many: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_linear, "cpu_instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    fast_linear.most_rows.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model = tiny("llama", dtype)
+            with torch_paged.paged(model), rows_of_calls() as rows:
+                generate(model, batch([50, 15, 1]), max_new_tokens=2, eos_token_id=None)
+            prefill = [66] * (LAYERS - 1) if dtype in many else []
+            assert rows == prefill + [3] + [3] * LAYERS
+    finally:
+        fast_linear.most_rows.cache_clear()
 
 
 def _knob(model: PreTrainedModel) -> dict[str, Any]:

@@ -44,8 +44,9 @@ class PagedConfig:
         deterministic: what a request of generate_many gets does not depend on what else runs, likewise.
         compile: compile prefills and decode steps: True with the backend "torch_paged", or a dict of arguments of
             `torch.compile`.
-        fast_linear: on a CPU, linear layers of uncompiled passes with few rows (up to 64) run by
-            `torch_paged.ops.linear`, which is faster there. False: by PyTorch, whose sums differ in the last bits.
+        fast_linear: on a CPU, linear layers of uncompiled passes run by `torch_paged.ops.linear` where it is faster:
+            with few rows (up to 64), in bfloat16 and float16 with any number on CPUs that have neither AMX nor fast dot
+            products of bfloat16. False: by PyTorch, whose sums differ in the last bits.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:

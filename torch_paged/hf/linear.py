@@ -48,17 +48,18 @@ def _fast_class() -> Any:
 def most_rows(dtype: torch.dtype) -> int:
     """Return with up to how many rows `linear` is as fast as PyTorch or faster.
 
-    Few rows are bound by memory. Many are bound by arithmetic, which PyTorch has as fast in float32. Of half the size it
-    is slower (4,864 x 896, 512 rows, 2 cores, 2026-11-30: on a 4th generation Xeon without AMX 162 GFLOP/s in bfloat16
-    against 276, held to AVX-512 without bfloat16 61 against 289, to AVX2 26 against 134, float16 28 against 130), but
-    where the CPU has AMX or fast dot products of bfloat16.
+    Few rows are bound by memory. Many are bound by arithmetic, in which PyTorch is as fast in float32, and in bfloat16
+    where the CPU has AMX or fast dot products. Elsewhere it is slower: 4,864 x 896, 512 rows, 2 cores of a 4th
+    generation Xeon without AMX, 2026-11-30, PyTorch and `linear`: bfloat16 162 and 276 GFLOP/s; held to AVX-512 without
+    bfloat16 61 and 289; held to AVX2 26 and 134, float16 28 and 130. AMX and ARM have not been measured.
     """
-    halves = dtype != torch.float32
-    instruction_set = cpu_instruction_set()
-    dot_products = instruction_set == "avx512bf16" and dtype == torch.bfloat16
-    if halves and not dot_products and instruction_set != "neon" and not torch.cpu._is_amx_tile_supported():
-        return sys.maxsize
-    return 64
+    fast_in_pytorch = {
+        "neon": {torch.bfloat16, torch.float16},
+        "avx512bf16": {torch.bfloat16},
+    }.get(cpu_instruction_set(), set())
+    if dtype == torch.float32 or dtype in fast_in_pytorch or torch.cpu._is_amx_tile_supported():
+        return 64
+    return sys.maxsize
 
 
 def _is_plain(module: nn.Linear, input: Tensor) -> bool:

@@ -13,7 +13,8 @@ using cpu::Linear;
 
 static_assert(kManyRows % kChunk == 0 && kManyInputs % kChunk == 0 && kManyOutputs % kChunk == 0);
 
-// Elements [at, at + kChunk) of a row as vectors of factors, in an order that is the same for inputs and weights.
+// A chunk of a row, or the `count` elements that are left, as vectors of factors: in an order of its own, which is the
+// same for inputs and weights.
 template <class T>
 PAGED_INLINE void load_chunk_of_factors(FloatFactors, const T* row, int64_t count, Vec* factors) {
   const Chunk chunk = load_chunk(row, count);
