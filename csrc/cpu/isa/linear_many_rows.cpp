@@ -89,13 +89,14 @@ struct ManyRows {
   template <int scalars, int vectors>
   void add_product(const Factor* some_weights, const Factor* panel, int64_t factors, float* to, bool first,
                    NextBlock<T>& next) {
-    constexpr int often = kChunk / (scalars * Factors::kTerms);
+    // As fast as weights are used.
+    constexpr int used = scalars * Factors::kTerms, often = used < kChunk ? kChunk / used : 1;
     NextBlock<T> fetched = next;  // in registers
     Vec product[scalars * vectors];
-    multiply<Factors, scalars, vectors>(some_weights, kFactors, 1, panel, factors, product,
-                                        [&](int64_t k) PAGED_INLINED {
-                                          if (k % often == 0) fetched.prefetch();
-                                        });
+    multiply<Factors, scalars, vectors>(
+        some_weights, kFactors, 1, panel, factors, product, [&](int64_t k) PAGED_INLINED {
+          if (k % often == 0) unrolled<(used + kChunk - 1) / kChunk>([&](auto) PAGED_INLINED { fetched.prefetch(); });
+        });
     next = fetched;
     for (int i = 0; i < scalars; ++i)
       for (int v = 0; v < vectors; ++v) {
