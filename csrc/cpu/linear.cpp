@@ -1,4 +1,4 @@
-// Divides the outputs of one linear layer over the threads.
+// Divides one linear layer over the threads.
 #include "linear.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -25,34 +25,51 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void few_rows(const Linear& call) {
   MultiplyFewRows* const multiply_few_rows = cpu_kernels().multiply_few_rows;
-  const int64_t steps = ceil_div(call.out_features, kOutputStep);
-  const int64_t step_bytes = kOutputStep * call.in_features * call.element_size;
+  const int64_t steps = ceil_div(call.out_features, kStep);
+  const int64_t step_bytes = kStep * call.in_features * call.element_size;
   torch::stable::parallel_for(0, steps, grain(step_bytes), [&](int64_t begin, int64_t end) {
-    multiply_few_rows(call, begin * kOutputStep, std::min(end * kOutputStep, call.out_features),
+    multiply_few_rows(call, begin * kStep, std::min(end * kStep, call.out_features),
                       scratch(few_rows_scratch_floats(call)));
   });
 }
 
-// Equal parts of the rows times equal parts of the outputs, as many as make equal numbers for each thread.
+// Parts of the rows times parts of the outputs.
+struct Parts {
+  int64_t rows, outputs;
+};
+
+// As many parts as make equal work for each thread that has enough of it. Each part packs its rows and its outputs:
+// none has few of both unless there are threads left.
+Parts divide(const Linear& call) {
+  const int64_t work = call.num_rows * call.in_features * call.out_features;
+  const int64_t threads = std::clamp<int64_t>(work / kLeastWork, 1, torch::stable::get_num_threads());
+  Parts parts{ceil_div(call.num_rows, kManyRows), 1};
+  parts.outputs = std::min(threads / std::gcd(threads, parts.rows), ceil_div(call.out_features, kOutputBlock));
+  if (parts.rows * parts.outputs < threads)
+    parts.rows = std::min(ceil_div(threads, parts.outputs), ceil_div(call.num_rows, kOutputBlock));
+  if (parts.rows * parts.outputs < threads)
+    parts.outputs = std::min(ceil_div(threads, parts.rows), ceil_div(call.out_features, kStep));
+  return parts;
+}
+
 void many_rows(const Linear& call) {
   MultiplyManyRows* const multiply_many_rows = cpu_kernels().multiply_many_rows;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t row_parts = ceil_div(call.num_rows, kManyRows);
-  const int64_t most_parts = ceil_div(call.out_features, kOutputBlock);
-  const int64_t output_parts = std::min(threads / std::gcd(threads, row_parts), most_parts);
-  const int64_t part_rows = ceil_div(ceil_div(call.num_rows, row_parts), kOutputStep) * kOutputStep;
-  const int64_t part_outputs = ceil_div(ceil_div(call.out_features, output_parts), kOutputStep) * kOutputStep;
-  torch::stable::parallel_for(0, row_parts * output_parts, 1, [&](int64_t begin, int64_t end) {
+  const Parts parts = divide(call);
+  const int64_t rows = ceil_div(ceil_div(call.num_rows, parts.rows), kStep) * kStep;
+  const int64_t outputs = ceil_div(ceil_div(call.out_features, parts.outputs), kStep) * kStep;
+  torch::stable::parallel_for(0, parts.rows * parts.outputs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t row = part % row_parts * part_rows, output = part / row_parts * part_outputs;
-      multiply_many_rows(call, row, std::min(row + part_rows, call.num_rows), output,
-                         std::min(output + part_outputs, call.out_features), scratch(kManyRowsScratchFloats));
+      const int64_t row = part % parts.rows * rows, output = part / parts.rows * outputs;
+      // Steps may leave nothing for the last parts.
+      if (row < call.num_rows && output < call.out_features)
+        multiply_many_rows(call, row, std::min(row + rows, call.num_rows), output,
+                           std::min(output + outputs, call.out_features), scratch(kManyRowsScratchFloats));
     }
   });
 }
 
 }  // namespace
 
-void linear(const Linear& call) { call.num_rows < kFirstManyRows ? few_rows(call) : many_rows(call); }
+void linear(const Linear& call) { has_many_rows(call.num_rows) ? many_rows(call) : few_rows(call); }
 
 }  // namespace paged::cpu

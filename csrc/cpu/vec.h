@@ -238,7 +238,7 @@ PAGED_INLINE Vec add_interleaved(Vec a, Vec b, std::integer_sequence<int, lane..
   return stay + pick<(lane & stride ? lane - stride : kLanes + lane + stride)...>(b, a);
 }
 
-// Lanes of a where the lane's number lacks the bit `stride`, else those of b, `stride` lanes before.
+// Lanes of a whose number has the bit `stride` change places with the lanes of b `stride` before them.
 template <int stride, int... lane>
 PAGED_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
   const Vec low = pick<(lane & stride ? kLanes + lane - stride : lane)...>(a, b);

@@ -92,6 +92,7 @@ CPUS: dict[str, tuple[str, bool, list[torch.dtype]]] = {
     "AVX-512": ("avx512", False, [torch.bfloat16, torch.float16]),
     "fast dot products": ("avx512bf16", False, [torch.float16]),
     "AMX": ("avx512", True, []),
+    "SSE2": ("baseline", False, []),
     "ARM": ("neon", False, []),
 }
 

@@ -8,14 +8,15 @@ from tests.assertions import assert_as_exact_as_torch, assert_rejects
 from torch_paged import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rows, inputs, outputs: each number of rows in a tile, blocks of rows, inputs and outputs that are not full; from 13
-# rows on another kernel computes them.
+# Rows, inputs, outputs: each number of rows in a tile, blocks of rows, inputs and outputs that are not full; other
+# kernels compute up to 12 rows and 17 to 23 than the rest.
 SIZES = [
     (1, 64, 32),
     (2, 40, 17),
     (3, 7, 5),
     (4, 33, 96),
     (11, 128, 70),
+    (23, 128, 70),
     (32, 16, 1),
     (9, 2100, 130),
     (13, 33, 17),
@@ -60,7 +61,7 @@ def test_matches_reference(sizes, bias, dtype):
 
 
 PARTS = {
-    "few": (12, [(0, 1), (3, 8), (4, 12)]),
+    "few": (23, [(0, 1), (3, 8), (4, 16), (5, 23)]),
     "many": (571, [(0, 13), (15, 90), (200, 571), (555, 571)]),
 }
 
@@ -76,18 +77,19 @@ def test_rows_are_independent_of_their_batch_deterministic(num_rows, parts, dtyp
         assert torch.equal(part, whole[first:last])
 
 
-@pytest.mark.parametrize("num_rows", [4, 100, 600])
-def test_threads_share_the_work(num_rows):
-    given = build(num_rows, 512, 1100)
+@pytest.mark.parametrize("sizes", [(4, 512, 3000), (100, 512, 1100), (600, 512, 390), (1100, 700, 17)], ids=str)
+def test_threads_share_the_work(sizes):
+    given = build(*sizes)
     before = torch.get_num_threads()
+    # All are kept: none finds its numbers in the memory of another.
+    results = []
     try:
-        torch.set_num_threads(1)
-        alone = ops.linear(**given)
-        for threads in (2, 3, 5):
+        for threads in (1, 2, 3, 5, 16):
             torch.set_num_threads(threads)
-            assert torch.equal(ops.linear(**given), alone)
+            results.append(ops.linear(**given))
     finally:
         torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_without_bias_argument():

@@ -45,8 +45,8 @@ class PagedConfig:
         compile: compile prefills and decode steps: True with the backend "torch_paged", or a dict of arguments of
             `torch.compile`.
         fast_linear: on a CPU, linear layers of uncompiled passes run by `torch_paged.ops.linear` where it is faster:
-            with few rows (up to 64), in bfloat16 and float16 with any number on CPUs that have neither AMX nor fast dot
-            products of bfloat16. False: by PyTorch, whose sums differ in the last bits.
+            with few rows (up to 64), on x86 CPUs without AMX with any number in float16, and in bfloat16 where its dot
+            products are missing or slow. False: by PyTorch, whose sums differ in the last bits.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:

@@ -46,20 +46,18 @@ def _fast_class() -> Any:
 
 @functools.cache
 def most_rows(dtype: torch.dtype) -> int:
-    """Return with up to how many rows `linear` is as fast as PyTorch or faster.
+    """Return with up to how many rows `linear` is as fast as PyTorch on this CPU, or faster.
 
     Few rows are bound by memory. Many are bound by arithmetic, in which PyTorch is as fast in float32, and in bfloat16
-    where the CPU has AMX or fast dot products. Elsewhere it is slower: 4,864 x 896, 512 rows, 2 cores of a 4th
-    generation Xeon without AMX, 2026-11-30, PyTorch and `linear`: bfloat16 162 and 276 GFLOP/s; held to AVX-512 without
-    bfloat16 61 and 289; held to AVX2 26 and 134, float16 28 and 130. AMX and ARM have not been measured.
+    where the CPU has fast dot products, or AMX. On other x86 CPUs it is slower: 4,864 x 896, 512 rows, 2 cores of a 4th
+    generation Xeon without AMX, 2026-11-30, PyTorch and `linear`: bfloat16 162 and 276 GFLOP/s, float16 295 and 290;
+    held to AVX-512 without half precision 61 and 289, 25 and 247; held to AVX2 26 and 134, 28 and 130.
     """
-    fast_in_pytorch = {
-        "neon": {torch.bfloat16, torch.float16},
-        "avx512bf16": {torch.bfloat16},
-    }.get(cpu_instruction_set(), set())
-    if dtype == torch.float32 or dtype in fast_in_pytorch or torch.cpu._is_amx_tile_supported():
-        return 64
-    return sys.maxsize
+    many = {"avx2": (torch.bfloat16, torch.float16), "avx512": (torch.bfloat16, torch.float16)}
+    many["avx512bf16"] = (torch.float16,)
+    # What is unknown counts as there: AMX has not been measured.
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    return sys.maxsize if dtype in many.get(cpu_instruction_set(), ()) and not has_amx else 64
 
 
 def _is_plain(module: nn.Linear, input: Tensor) -> bool:
@@ -68,7 +66,8 @@ def _is_plain(module: nn.Linear, input: Tensor) -> bool:
         return False
     weight, bias = module.weight, module.bias
     return (
-        input.dtype in _DTYPES
+        input.device.type == "cpu"
+        and input.dtype in _DTYPES
         and 0 < input.numel() <= most_rows(input.dtype) * input.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")

@@ -11,9 +11,10 @@ define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `input @ weight.T + bias`, summed in float32 and rounded once.
 
-    A row's result does not depend on the other rows, only, in its last bits, on whether there are 13 or more of them:
-    fewer are multiplied by weights that stay where they are, at the speed of memory; for more, blocks of both are
-    packed, at the speed of arithmetic, in float32 where the CPU has no dot products of bfloat16 or slow ones.
+    A row's result does not depend on the other rows, only, in its last bits, on their number: up to 12, and 17 to 23,
+    are multiplied by weights that stay where they are, at the speed of memory for the few rows of a decode step; for
+    others blocks of both are packed, at the speed of arithmetic, as floats where the instruction set in use has no dot
+    products of bfloat16.
 
     Args:
         input: `[rows, in_features]`, float32, bfloat16 or float16, on a CPU, last dimension contiguous.

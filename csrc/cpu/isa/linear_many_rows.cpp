@@ -34,6 +34,7 @@ struct ManyRows {
   static constexpr int kVectors = 2 / Factors::kTerms;  // of a chunk's factors
   static constexpr int64_t kFactors = kManyInputs / Factors::kTerms;
   static constexpr int kOutputs = 2 * kBlock;  // at a time
+  static_assert(kOutputs <= cpu::kMostOutputsAtOnce && kManyOutputs % kOutputs == 0 && kOutputs % kLanes == 0);
 
   const Linear& call;
   float* sums;      // [kManyOutputs][kManyRows]
