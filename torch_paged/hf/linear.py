@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise, undisguise
-from torch_paged.ops import cpu_instruction_set, linear
+from torch_paged.ops import cpu_instruction_set
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Without the choice of an overload, and without the renaming of errors, as `_is_plain` has looked.
+_linear = torch.ops.paged.linear.default
 
 
 def install(model: nn.Module) -> None:
@@ -35,8 +37,9 @@ def _fast_class() -> Any:
     class Linear(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             # Not in graphs, where the backend chooses.
-            if not torch.compiler.is_compiling() and current.fast_linear and _is_plain(self, input):
-                rows = linear(input.reshape(-1, input.shape[-1]).contiguous(), self.weight, self.bias)
+            if current.fast_linear and not torch.compiler.is_compiling() and _is_plain(self, input):
+                size = input.shape[-1]
+                rows: Tensor = _linear(input.reshape(-1, size).contiguous(), self.weight, self.bias)
                 return rows.view(*input.shape[:-1], rows.shape[1])
             return nn.Linear.forward(self, input)
 
@@ -53,32 +56,37 @@ def most_rows(dtype: torch.dtype) -> int:
     generation Xeon without AMX, 2026-11-30, PyTorch and `linear`: bfloat16 162 and 276 GFLOP/s, float16 295 and 290;
     held to AVX-512 without half precision 61 and 289, 25 and 247; held to AVX2 26 and 134, 28 and 130.
     """
-    many = {"avx2": (torch.bfloat16, torch.float16), "avx512": (torch.bfloat16, torch.float16)}
-    many["avx512bf16"] = (torch.float16,)
+    halves = {torch.bfloat16, torch.float16}
+    many = {"avx2": halves, "avx512": halves, "avx512bf16": {torch.float16}}
     # What is unknown counts as there: AMX has not been measured.
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
-    return sys.maxsize if dtype in many.get(cpu_instruction_set(), ()) and not has_amx else 64
+    return sys.maxsize if dtype in many.get(cpu_instruction_set(), set()) and not has_amx else 64
 
 
 def _is_plain(module: nn.Linear, input: Tensor) -> bool:
-    """Whether `linear` computes what nn.Linear does, and faster."""
-    if type(input) is not Tensor or input.dim() == 0 or type(module.weight) is not nn.Parameter:
-        return False
+    """Whether `linear` computes what nn.Linear does, and faster. Asked seven times in each layer of a step."""
     weight, bias = module.weight, module.bias
+    if type(input) is not Tensor or type(weight) is not nn.Parameter or not (_is_plain_on_cpu(input) and input.dim()):
+        return False
+    dtype, size = input.dtype, input.shape[-1]
     return (
-        input.device.type == "cpu"
-        and input.dtype in _DTYPES
-        and 0 < input.numel() <= most_rows(input.dtype) * input.shape[-1]
+        dtype in _DTYPES
+        and 0 < input.numel() <= most_rows(dtype) * size
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and all(each is None or _is_plain_on_cpu(each, input.dtype) for each in (input, weight, bias))
+        and weight.dtype == dtype
+        and _is_plain_on_cpu(weight)
         and weight.dim() == 2
-        and weight.shape[1] == input.shape[-1]
+        and weight.shape[1] == size
         and weight.is_contiguous()
-        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and (bias is None or _fits(bias, weight))
     )
 
 
-def _is_plain_on_cpu(tensor: Tensor, dtype: torch.dtype) -> bool:
-    plain = tensor.layout == torch.strided and not tensor.is_nested
-    return plain and tensor.dtype == dtype and tensor.device.type == "cpu"
+def _fits(bias: Tensor, weight: Tensor) -> bool:
+    same = bias.dtype == weight.dtype and bias.shape == weight.shape[:1]
+    return same and _is_plain_on_cpu(bias) and bias.is_contiguous()
+
+
+def _is_plain_on_cpu(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested

@@ -37,11 +37,13 @@ struct ManyRows {
   static_assert(kOutputs <= cpu::kMostOutputsAtOnce && kManyOutputs % kOutputs == 0 && kOutputs % kLanes == 0);
 
   const Linear& call;
-  float* sums;      // [kManyOutputs][kManyRows]
+  int64_t rows_of_panels;
+  float* sums;      // [kManyOutputs][rows_of_panels]
   Factor* inputs;   // [panel][factor][row of the panel]
   Factor* weights;  // [kOutputs][factor]
 
-  ManyRows(const Linear& call, float* scratch) : call(call), sums(scratch) {
+  ManyRows(const Linear& call, int64_t rows, float* scratch)
+      : call(call), rows_of_panels((rows + kLanes - 1) / kLanes * kLanes), sums(scratch) {
     scratch += kManyOutputs * kManyRows;
     inputs = reinterpret_cast<Factor*>(scratch);
     weights = inputs + kManyRows * kFactors;
@@ -86,7 +88,7 @@ struct ManyRows {
     }
   }
 
-  // sums [scalars][kManyRows] += weights x inputs
+  // sums [scalars][rows_of_panels] += weights x inputs
   template <int scalars, int vectors>
   void add_product(const Factor* some_weights, const Factor* panel, int64_t factors, float* to, bool first,
                    NextBlock<T>& next) {
@@ -101,7 +103,7 @@ struct ManyRows {
     next = fetched;
     for (int i = 0; i < scalars; ++i)
       for (int v = 0; v < vectors; ++v) {
-        float* const sum = to + i * kManyRows + v * kLanes;
+        float* const sum = to + i * rows_of_panels + v * kLanes;
         store(sum, first ? product[i * vectors + v] : load(sum) + product[i * vectors + v]);
       }
   }
@@ -113,13 +115,13 @@ struct ManyRows {
       NextBlock<T> next(block.part(o + kOutputs, kOutputs));
       next.allow(kOutputs);
       for (int64_t r = 0; r < rows; r += kChunk) {
-        float* const to = sums + o * kManyRows + r;
+        float* const to = sums + o * rows_of_panels + r;
         if (panel_rows(rows - r) == kLanes) {
           add_product<kOutputs, 1>(weights, inputs + r * kFactors, factors, to, first, next);
         } else {
           for (int part = 0; part < kOutputs; part += kBlock)
-            add_product<kBlock, 2>(weights + part * kFactors, inputs + r * kFactors, factors, to + part * kManyRows,
-                                   first, next);
+            add_product<kBlock, 2>(weights + part * kFactors, inputs + r * kFactors, factors,
+                                   to + part * rows_of_panels, first, next);
         }
       }
     }
@@ -134,7 +136,7 @@ struct ManyRows {
           bias[i] = to_float(reinterpret_cast<const T*>(call.bias)[first_output + o + i]);
       for (int64_t r = 0; r < rows; r += kLanes) {
         Vec block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = load(sums + (o + i) * kManyRows + r);
+        for (int i = 0; i < kLanes; ++i) block[i] = load(sums + (o + i) * rows_of_panels + r);
         transpose(block);
         for (int64_t i = 0; i < min(kLanes, rows - r); ++i) {
           T* const to = reinterpret_cast<T*>(call.out) + (first_row + r + i) * call.out_features + first_output + o;
@@ -148,9 +150,9 @@ struct ManyRows {
 template <class T, class Factors>
 void multiply(const Linear& call, int64_t row_begin, int64_t row_end, int64_t output_begin, int64_t output_end,
               float* scratch) {
-  ManyRows<T, Factors> block(call, scratch);
   for (int64_t row = row_begin; row < row_end; row += kManyRows) {
     const int64_t rows = min(kManyRows, row_end - row);
+    ManyRows<T, Factors> block(call, rows, scratch);
     for (int64_t output = output_begin; output < output_end; output += kManyOutputs) {
       const int64_t outputs = min(kManyOutputs, output_end - output);
       int64_t input = 0;
