@@ -128,22 +128,21 @@ struct ManyRows {
   }
 
   void write(int64_t first_row, int64_t rows, int64_t first_output, int64_t outputs) {
-    for (int64_t o = 0; o < outputs; o += kLanes) {
-      const int64_t count = min(kLanes, outputs - o);
-      float bias[kLanes] = {};
-      if (call.bias)
-        for (int64_t i = 0; i < count; ++i)
-          bias[i] = to_float(reinterpret_cast<const T*>(call.bias)[first_output + o + i]);
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        Vec block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = load(sums + (o + i) * rows_of_panels + r);
-        transpose(block);
-        for (int64_t i = 0; i < min(kLanes, rows - r); ++i) {
-          T* const to = reinterpret_cast<T*>(call.out) + (first_row + r + i) * call.out_features + first_output + o;
-          narrow(to, block[i] + load(bias), outputs - o);
+    float bias[kManyOutputs] = {};
+    if (call.bias)
+      for (int64_t o = 0; o < outputs; ++o) bias[o] = to_float(reinterpret_cast<const T*>(call.bias)[first_output + o]);
+    // A chunk of a row at a time: with less, lines would leave the cache half written.
+    for (int64_t chunk = 0; chunk < outputs; chunk += kChunk)
+      for (int64_t r = 0; r < rows; r += kLanes)
+        for (int64_t o = chunk; o < min(chunk + kChunk, outputs); o += kLanes) {
+          Vec block[kLanes];
+          for (int i = 0; i < kLanes; ++i) block[i] = load(sums + (o + i) * rows_of_panels + r);
+          transpose(block);
+          for (int64_t i = 0; i < min(kLanes, rows - r); ++i) {
+            T* const to = reinterpret_cast<T*>(call.out) + (first_row + r + i) * call.out_features + first_output + o;
+            narrow(to, block[i] + load(bias + o), outputs - o);
+          }
         }
-      }
-    }
   }
 };
 
