@@ -39,7 +39,8 @@ static inline int64_t few_rows_scratch_floats(const Linear& call) {
 static inline bool has_many_rows(int64_t num_rows) { return num_rows > 12 && (num_rows <= 16 || num_rows >= 24); }
 constexpr int64_t kManyRows = 512, kManyOutputs = 1024, kManyInputs = 256;
 
-// Outputs [output_begin, output_end) for rows [row_begin, row_end). `scratch` has kManyRowsScratchFloats.
+// Outputs [output_begin, output_end) for rows [row_begin, row_end), at most kManyRows. `scratch` has
+// kManyRowsScratchFloats.
 using MultiplyManyRows = void(const Linear& call, int64_t row_begin, int64_t row_end, int64_t output_begin,
                               int64_t output_end, float* scratch);
 

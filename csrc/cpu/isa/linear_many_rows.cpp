@@ -149,20 +149,18 @@ struct ManyRows {
 template <class T, class Factors>
 void multiply(const Linear& call, int64_t row_begin, int64_t row_end, int64_t output_begin, int64_t output_end,
               float* scratch) {
-  for (int64_t row = row_begin; row < row_end; row += kManyRows) {
-    const int64_t rows = min(kManyRows, row_end - row);
-    ManyRows<T, Factors> block(call, rows, scratch);
-    for (int64_t output = output_begin; output < output_end; output += kManyOutputs) {
-      const int64_t outputs = min(kManyOutputs, output_end - output);
-      int64_t input = 0;
-      do {
-        const int64_t size = min(kManyInputs, call.in_features - input);
-        block.pack_inputs(row, rows, input, size);
-        block.add_products(rows, {block.weight_row(output) + input, outputs, size, call.weight_stride}, input == 0);
-        input += kManyInputs;
-      } while (input < call.in_features);
-      block.write(row, rows, output, outputs);
-    }
+  const int64_t rows = row_end - row_begin;
+  ManyRows<T, Factors> block(call, rows, scratch);
+  for (int64_t output = output_begin; output < output_end; output += kManyOutputs) {
+    const int64_t outputs = min(kManyOutputs, output_end - output);
+    int64_t input = 0;
+    do {
+      const int64_t size = min(kManyInputs, call.in_features - input);
+      block.pack_inputs(row_begin, rows, input, size);
+      block.add_products(rows, {block.weight_row(output) + input, outputs, size, call.weight_stride}, input == 0);
+      input += kManyInputs;
+    } while (input < call.in_features);
+    block.write(row_begin, rows, output, outputs);
   }
 }
 
