@@ -25,13 +25,15 @@
   cpu::MultiplyPanels multiply_panels;      \
   cpu::MultiplyFewRows multiply_few_rows;   \
   cpu::MultiplyManyRows multiply_many_rows; \
+  cpu::HasManyRows has_many_rows;           \
+  cpu::NormaliseRows normalise_rows;        \
   }
 
-#define PAGED_KERNELS(isa, machine_has_it, machine_likes_it)                                                         \
-  CpuKernels {                                                                                                       \
-    #isa, machine_has_it, machine_likes_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16, \
-        isa::store_tokens, isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::merge_states,                 \
-        isa::multiply_panels, isa::multiply_few_rows, isa::multiply_many_rows                                        \
+#define PAGED_KERNELS(isa, machine_has_it, machine_likes_it)                                                           \
+  CpuKernels {                                                                                                         \
+    #isa, machine_has_it, machine_likes_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16,   \
+        isa::store_tokens, isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::merge_states,                   \
+        isa::multiply_panels, isa::multiply_few_rows, isa::multiply_many_rows, isa::has_many_rows, isa::normalise_rows \
   }
 
 #if defined(__aarch64__)

@@ -10,6 +10,7 @@
 #include "merge_attention_states.h"
 #include "packed_linear.h"
 #include "reshape_and_cache.h"
+#include "rms_norm.h"
 #include "rope_and_cache.h"
 
 namespace paged {
@@ -27,6 +28,8 @@ struct CpuKernels {
   cpu::MultiplyPanels* multiply_panels;
   cpu::MultiplyFewRows* multiply_few_rows;
   cpu::MultiplyManyRows* multiply_many_rows;
+  cpu::HasManyRows* has_many_rows;
+  cpu::NormaliseRows* normalise_rows;
 };
 
 // The best set that this machine runs, or the one named by the environment variable TORCH_PAGED_CPU_ISA.

@@ -26,7 +26,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 void few_rows(const Linear& call) {
   MultiplyFewRows* const multiply_few_rows = cpu_kernels().multiply_few_rows;
   const int64_t steps = ceil_div(call.out_features, kStep);
-  const int64_t step_bytes = kStep * call.in_features * call.element_size;
+  const int64_t step_bytes = kStep * call.num_weights() * call.in_features * call.element_size;
   torch::stable::parallel_for(0, steps, grain(step_bytes), [&](int64_t begin, int64_t end) {
     multiply_few_rows(call, begin * kStep, std::min(end * kStep, call.out_features),
                       scratch(few_rows_scratch_floats(call)));
@@ -41,7 +41,7 @@ struct Parts {
 // As many parts as make equal work for each thread that has enough of it. Each part packs its rows and its outputs:
 // none has few of both unless there are threads left.
 Parts divide(const Linear& call) {
-  const int64_t work = call.num_rows * call.in_features * call.out_features;
+  const int64_t work = call.num_rows * call.in_features * call.out_features * call.num_weights();
   const int64_t threads = std::clamp<int64_t>(work / kLeastWork, 1, torch::stable::get_num_threads());
   Parts parts{ceil_div(call.num_rows, kManyRows), 1};
   parts.outputs = std::min(threads / std::gcd(threads, parts.rows), ceil_div(call.out_features, kOutputBlock));
@@ -70,6 +70,6 @@ void many_rows(const Linear& call) {
 
 }  // namespace
 
-void linear(const Linear& call) { has_many_rows(call.num_rows) ? many_rows(call) : few_rows(call); }
+void linear(const Linear& call) { cpu_kernels().has_many_rows(call.num_rows) ? many_rows(call) : few_rows(call); }
 
 }  // namespace paged::cpu

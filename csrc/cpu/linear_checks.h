@@ -11,9 +11,10 @@ inline void check_linear_input(const Arg& rows) {
   check_last_dim_contiguous(rows);
 }
 
-inline void check_linear_bias(const std::optional<Tensor>& bias, const Arg& rows, int64_t out_features) {
+inline void check_linear_bias(const std::optional<Tensor>& bias, const char* name, const Arg& rows,
+                              int64_t out_features) {
   if (!bias) return;
-  const Arg added{*bias, "bias"};
+  const Arg added{*bias, name};
   check_dim(added, 1, "[out_features]");
   check_same_dtype(added, rows);
   check_same_device(added, rows);

@@ -21,7 +21,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed_weight, const std
   check_size(weight, 0, (out_features + cpu::kPanel - 1) / cpu::kPanel, "panels of 32 out_features");
   check_size(weight, 1, (input.size(1) + 1) / 2, "pairs of in_features of input");
   check_size(weight, 2, 2 * cpu::kPanel, "a panel's pairs");
-  check_linear_bias(bias, rows, out_features);
+  check_linear_bias(bias, "bias", rows, out_features);
   Tensor out = torch::stable::new_empty(input, {input.size(0), out_features});
   if (out.numel() > 0)
     cpu::packed_linear(

@@ -53,6 +53,8 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[int], list[Tensor]]]] = 
     "copy_blocks": (lambda k, v, kc, vc, s: paged.copy_blocks([kc], [vc], torch.tensor([[0, 1]])), rows),
     "swap_blocks": (lambda k, v, kc, vc, s: paged.swap_blocks([kc], [vc], torch.tensor([[0, 1]])), rows),
     "linear": (lambda x, weight: paged.linear(x, weight, None), unpacked),
+    "gated_linear": (lambda x, weight: paged.gated_linear(x, weight, weight, None, None, "silu"), unpacked),
+    "rms_norm": (lambda x, weight: paged.rms_norm(x, weight[0], 1e-6), unpacked),
     "packed_linear": (lambda x, weight: paged.packed_linear(x, weight, None, 5), packed),
 }
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import torch_paged
@@ -20,30 +18,12 @@ from torch_paged import generate_many
 from torch_paged.hf import linear as fast_linear
 from torch_paged.hf.call import current
 
+from .fast_ops import rows_of_calls
 from .many import prompts
 from .models import assert_same_tokens, batch, generate, tiny, twin
 
-# Of the tiny models: three layers with seven each, and the one that makes logits.
-LAYERS = 22
-
-
-class Rows(TorchDispatchMode):
-    """Notes how many rows each call of the op gets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.paged.linear.default:
-            self.rows.append(args[0].shape[0])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def rows_of_calls() -> Iterator[list[int]]:
-    with Rows() as mode:
-        yield mode.rows
+# Of the tiny models: three layers with q, k, v, o and down projection, and the one that makes logits.
+LAYERS = 16
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
@@ -56,7 +36,7 @@ def test_tokens_are_those_of_stock(name: str) -> None:
     inputs = batch([5, 9, 2])
     expected = generate(model, inputs)
     other = twin(model)
-    with torch_paged.paged(other), rows_of_calls() as rows:
+    with torch_paged.paged(other), rows_of_calls("linear") as rows:
         actual = generate(other, inputs)
     assert rows
     assert_same_tokens(model, expected, actual, inputs)
@@ -64,7 +44,7 @@ def test_tokens_are_those_of_stock(name: str) -> None:
 
 def test_prefills_of_few_tokens_and_all_steps() -> None:
     model = tiny("llama")
-    with torch_paged.paged(model), rows_of_calls() as rows:
+    with torch_paged.paged(model), rows_of_calls("linear") as rows:
         generate(model, batch([5, 9, 2]), max_new_tokens=3, eos_token_id=None)
     assert rows == [16] * (LAYERS - 1) + [3] + 2 * [3] * LAYERS
 
@@ -80,7 +60,7 @@ def test_halves_are_as_exact_as_in_stock(
     options: dict[str, Any] = dict(max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     exact = generate(tiny("llama").to(dtype).double(), inputs, **options).logits[0]
     stock = generate(model, inputs, **options).logits[0]
-    with torch_paged.paged(model), rows_of_calls() as rows:
+    with torch_paged.paged(model), rows_of_calls("linear") as rows:
         ours = generate(model, inputs, **options).logits[0]
     assert len(rows) == LAYERS
     assert (ours - exact).abs().max() <= 2 * (stock - exact).abs().max()
@@ -90,7 +70,7 @@ def test_halves_are_as_exact_as_in_stock(
 CPUS: dict[str, tuple[str, bool, list[torch.dtype]]] = {
     "AVX2": ("avx2", False, [torch.bfloat16, torch.float16]),
     "AVX-512": ("avx512", False, [torch.bfloat16, torch.float16]),
-    "fast dot products": ("avx512bf16", False, [torch.float16]),
+    "fast dot products": ("avx512bf16", False, [torch.float32, torch.bfloat16, torch.float16]),
     "AMX": ("avx512", True, []),
     "SSE2": ("baseline", False, []),
     "ARM": ("neon", False, []),
@@ -107,7 +87,7 @@ def test_prefills_of_many_tokens_by_the_faster_one(
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             model = tiny("llama", dtype)
-            with torch_paged.paged(model), rows_of_calls() as rows:
+            with torch_paged.paged(model), rows_of_calls("linear") as rows:
                 generate(model, batch([50, 15, 1]), max_new_tokens=2, eos_token_id=None)
             prefill = [66] * (LAYERS - 1) if dtype in many else []
             assert rows == prefill + [3] + [3] * LAYERS
@@ -116,7 +96,7 @@ def test_prefills_of_many_tokens_by_the_faster_one(
 
 
 def _knob(model: PreTrainedModel) -> dict[str, Any]:
-    return {"fast_linear": False}
+    return {"fast_layers": False}
 
 
 def _transposed(model: PreTrainedModel) -> dict[str, Any]:
@@ -162,7 +142,7 @@ def test_others_run_by_pytorch(change: Callable[[PreTrainedModel], dict[str, Any
     knobs = change(model)
     inputs = batch([5, 9, 2])
     expected = generate(model, inputs)
-    with torch_paged.paged(model, **knobs), rows_of_calls() as rows:
+    with torch_paged.paged(model, **knobs), rows_of_calls("linear") as rows:
         actual = generate(model, inputs)
     assert rows == []
     assert_same_tokens(model, expected, actual, inputs)
@@ -171,7 +151,7 @@ def test_others_run_by_pytorch(change: Callable[[PreTrainedModel], dict[str, Any
 def test_under_autocast_and_with_gradients_by_pytorch() -> None:
     model = tiny("llama")
     inputs = batch([5, 9])
-    with torch_paged.paged(model), rows_of_calls() as rows:
+    with torch_paged.paged(model), rows_of_calls("linear") as rows:
         with torch.autocast("cpu", torch.bfloat16):
             generate(model, inputs)
         model(**inputs, past_key_values=torch_paged.PagedCache(model.config))
@@ -186,14 +166,14 @@ def test_a_pass_without_a_paged_cache_has_the_bits_of_stock() -> None:
     inputs = batch([5, 9])
     with torch.no_grad():
         expected = model(**inputs).logits
-        with torch_paged.paged(model), rows_of_calls() as rows:
+        with torch_paged.paged(model), rows_of_calls("linear") as rows:
             assert torch.equal(model(**inputs).logits, expected)
     assert rows == []
 
 
 def test_deterministic_requests_run_by_pytorch() -> None:
     model = tiny("llama")
-    with torch_paged.paged(model), rows_of_calls() as rows:
+    with torch_paged.paged(model), rows_of_calls("linear") as rows:
         for deterministic in (True, False):
             list(generate_many(model, prompts([4, 7]), max_new_tokens=3, deterministic=deterministic))
             assert bool(rows) is not deterministic
@@ -201,7 +181,7 @@ def test_deterministic_requests_run_by_pytorch() -> None:
 
 def test_gathered_models_run_by_pytorch() -> None:
     model = tiny("diffllama")
-    with torch_paged.paged(model), rows_of_calls() as rows:
+    with torch_paged.paged(model), rows_of_calls("linear") as rows:
         generate(model, batch([5, 9]))
     assert rows == []
 
@@ -229,7 +209,7 @@ def test_odd_inputs_end_as_in_stock(input: Any) -> None:
     """In a pass in which the op could be taken."""
 
     def outcome(layer: nn.Linear, in_pass: bool) -> Any:
-        assert current.fast_linear is in_pass
+        assert current.fast_layers is in_pass
         try:
             return layer(input).to_dense().tolist()
         except Exception as error:

@@ -25,11 +25,13 @@ PACKAGES = "g++-aarch64-linux-gnu qemu-user-static"
 KERNELS = [
     "attention",
     "copy_blocks",
+    "gated_linear",
     "gather_cache",
     "linear",
     "merge_attention_states",
     "packed_linear",
     "reshape_and_cache",
+    "rms_norm",
     "rope_and_cache",
 ]
 TESTS = [f"tests/ops/test_{name}.py" for name in [*KERNELS, "attention_rejects", "swap_blocks"]]

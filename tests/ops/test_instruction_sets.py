@@ -12,11 +12,13 @@ from torch_paged import ops
 KERNELS = [
     "attention",
     "copy_blocks",
+    "gated_linear",
     "gather_cache",
     "linear",
     "merge_attention_states",
     "packed_linear",
     "reshape_and_cache",
+    "rms_norm",
     "rope_and_cache",
 ]
 TESTS = [str(Path(__file__).with_name(f"test_{name}.py")) for name in KERNELS]

@@ -16,11 +16,13 @@ TENSOR_OPS = [
     "attention",
     "attention_with_lse",
     "copy_blocks",
+    "gated_linear",
     "gather_cache",
     "linear",
     "merge_attention_states",
     "packed_linear",
     "reshape_and_cache",
+    "rms_norm",
     "rope_and_cache",
     "swap_blocks",
 ]

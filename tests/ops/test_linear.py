@@ -9,7 +9,7 @@ from torch_paged import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, inputs, outputs: each number of rows in a tile, blocks of rows, inputs and outputs that are not full; other
-# kernels compute up to 12 rows and 17 to 23 than the rest.
+# kernels compute up to 12 rows, 17 to 23, and some the rest up to 28, than more.
 SIZES = [
     (1, 64, 32),
     (2, 40, 17),
@@ -62,7 +62,7 @@ def test_matches_reference(sizes, bias, dtype):
 
 PARTS = {
     "few": (23, [(0, 1), (3, 8), (4, 16), (5, 23)]),
-    "many": (571, [(0, 13), (15, 90), (200, 571), (555, 571)]),
+    "many": (571, [(0, 29), (15, 90), (200, 571), (534, 571)]),
 }
 
 
@@ -92,6 +92,17 @@ def test_threads_share_the_work(sizes):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_any_number_of_dimensions():
+    given = build(bias=True)
+    rows = given["input"].contiguous()
+    expected = ops.linear(**given)
+    for shape in [(7,), (1, 3, 7), (3, 1, 1, 7), (0, 3, 7)]:
+        input = rows[: 1 if shape == (7,) else 3].reshape(shape) if 0 not in shape else rows.new_empty(shape)
+        out = ops.linear(**given | {"input": input})
+        assert out.shape == (*shape[:-1], 5)
+        assert torch.equal(out.reshape(-1, 5), expected[: out.numel() // 5])
+
+
 def test_without_bias_argument():
     given = build(bias=False)
     assert torch.equal(ops.linear(given["input"], given["weight"]), ops.linear(**given))
@@ -103,7 +114,7 @@ def test_opcheck():
 
 
 BAD = {
-    "input 3-D": (lambda a: {"input": a["input"][None]}, "input: shape [1, 3, 7]; must be 2-D [rows, in_features]"),
+    "input 0-D": (lambda a: {"input": torch.tensor(1.0)}, "input: shape []; must be [..., in_features]"),
     "input float64": (lambda a: {"input": a["input"].double()}, "input: float64; must be float32 or bfloat16"),
     "input strides": (lambda a: {"input": torch.ones(3, 14)[:, ::2]}, "input: strides [14, 2]; must be contiguous"),
     "input wider": (lambda a: {"input": torch.ones(3, 9)}, "weight: size 7 in dimension 1; must be 9"),

@@ -23,9 +23,9 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
         NeedsOwnAttention: from the pass, which was announced as native and cannot be.
     """
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
-    outer, current.call = (current.call, current.fast_linear), call
-    current.fast_linear = (
-        cache is not None and call is not None and call.native and not call.deterministic and cache.config.fast_linear
+    outer, current.call = (current.call, current.fast_layers), call
+    current.fast_layers = (
+        cache is not None and call is not None and call.native and not call.deterministic and cache.config.fast_layers
     )
     whole = False
     if cache is not None:
@@ -42,7 +42,7 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
             cache.rollback(call)
         raise
     finally:
-        current.call, current.fast_linear = outer
+        current.call, current.fast_layers = outer
         if cache is not None:
             cache.state.forget_handles()
             cache.state.pools.line.pass_ends(whole=whole)

@@ -161,8 +161,8 @@ class ThisCallNeedsOwnAttention(NeedsOwnAttention):
 
 class _Current(threading.local):
     call: Call | None = None
-    # Whether linear layers may take our op in it.
-    fast_linear: bool = False
+    # Whether layers may run by our ops in it.
+    fast_layers: bool = False
 
 
 current = _Current()

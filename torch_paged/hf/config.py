@@ -44,9 +44,11 @@ class PagedConfig:
         deterministic: what a request of generate_many gets does not depend on what else runs, likewise.
         compile: compile prefills and decode steps: True with the backend "torch_paged", or a dict of arguments of
             `torch.compile`.
-        fast_linear: on a CPU, linear layers of uncompiled passes run by `torch_paged.ops.linear` where it is faster:
-            with few rows (up to 64), on x86 CPUs without AMX with any number in float16, and in bfloat16 where its dot
-            products are missing or slow. False: by PyTorch, whose sums differ in the last bits.
+        fast_layers: on a CPU, layers of uncompiled passes run by `torch_paged.ops`: RMS norms of Llama's kind by
+            `rms_norm`; linear layers by `linear`, and gate and up projections of gated MLPs by `gated_linear`, where
+            these are faster: with few rows (up to 64), and on x86 CPUs without AMX with any number in float16 and
+            bfloat16, in float32 too where the CPU has fast dot products of bfloat16. False: by PyTorch, whose results
+            differ in the last bits.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
@@ -67,7 +69,7 @@ class PagedConfig:
     max_num_batched_tokens: int = 2048
     deterministic: bool = False
     compile: bool | dict[str, Any] = False
-    fast_linear: bool = True
+    fast_layers: bool = True
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class PagedConfig:
                 raise ValueError(f"{name}: {value}; must be at least {least}")
         check_block_size(self.block_size)
         flags = ["prefix_caching", "pack_rows", "share_prompts", "drop_finished_rows", "deterministic"]
-        flags += ["fast_linear", "strict"]
+        flags += ["fast_layers", "strict"]
         for name, wanted in (dict.fromkeys(flags, bool) | {"salt": str}).items():
             if not isinstance(value := getattr(self, name), wanted):
                 raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")

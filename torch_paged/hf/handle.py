@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
-from torch_paged.hf import implementation, linear
+from torch_paged.hf import fast_layers, implementation
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.compiled import Compiled, user_compiled
 from torch_paged.hf.config import PagedConfig
@@ -84,7 +84,7 @@ class PagedHandle:
             if self._uninstall is not None:
                 self._uninstall()
                 family(model.config.model_type).uninstall(model)
-                linear.uninstall(model)
+                fast_layers.uninstall(model)
             undisguise(model)
             self.patched = False
             self.flush()
@@ -107,7 +107,7 @@ class PagedHandle:
             self._uninstall = weakref.finalize(model, implementation.uninstall, implementation.install(model))
             self._uninstall.atexit = False
             family(model.config.model_type).install(model)
-            linear.install(model)
+            fast_layers.install(model)
 
     @property
     def settings(self) -> tuple[PagedConfig, Pools, Prefixes]:

@@ -10,37 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged.hf.call import current
-from torch_paged.hf.disguise import disguise, undisguise
+from torch_paged.hf.disguise import disguise
 from torch_paged.ops import cpu_instruction_set
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Without the choice of an overload, and without the renaming of errors, as `_is_plain` has looked.
+# Without the choice of an overload, and without the renaming of errors.
 _linear = torch.ops.paged.linear.default
 
 
-def install(model: nn.Module) -> None:
-    """Give the linear layers of `model` the class that knows `linear`; subclasses of nn.Linear stay what they are."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _fast_class()
+def fast_class(stock: type[nn.Module]) -> Any:
+    """Return the class that knows `linear` for nn.Linear itself, None for any other class, also for derived ones."""
+    return _fast_linear() if stock is nn.Linear else None
 
 
-def uninstall(model: nn.Module) -> None:
-    """Undo `install`."""
-    for module in model.modules():
-        if isinstance(module, _fast_class()):
-            undisguise(module)
+def is_fast(module: nn.Module) -> bool:
+    """Whether this is a linear layer of the class that knows `linear`."""
+    return type(module) is _fast_linear()
 
 
 @functools.cache
-def _fast_class() -> Any:
+def _fast_linear() -> Any:
     class Linear(nn.Linear):
+        is_fast_layer = True
+
         def forward(self, input: Tensor) -> Tensor:
             # Not in graphs, where the backend chooses.
-            if current.fast_linear and not torch.compiler.is_compiling() and _is_plain(self, input):
-                size = input.shape[-1]
-                rows: Tensor = _linear(input.reshape(-1, size).contiguous(), self.weight, self.bias)
-                return rows.view(*input.shape[:-1], rows.shape[1])
+            if current.fast_layers and not torch.compiler.is_compiling() and is_faster(self, input):
+                try:
+                    out: Tensor = _linear(input.contiguous(), self.weight, self.bias)
+                    return out
+                except RuntimeError:
+                    # What the op does not compute, PyTorch computes or refuses in its own words.
+                    pass
             return nn.Linear.forward(self, input)
 
     disguise(Linear, nn.Linear)
@@ -51,42 +52,39 @@ def _fast_class() -> Any:
 def most_rows(dtype: torch.dtype) -> int:
     """Return with up to how many rows `linear` is as fast as PyTorch on this CPU, or faster.
 
-    Few rows are bound by memory. Many are bound by arithmetic, in which PyTorch is as fast in float32, and in bfloat16
-    where the CPU has fast dot products, or AMX. On other x86 CPUs it is slower: 4,864 x 896, 512 rows, 2 cores of a 4th
-    generation Xeon without AMX, 2026-11-30, PyTorch and `linear`: bfloat16 162 and 276 GFLOP/s, float16 295 and 290;
-    held to AVX-512 without half precision 61 and 289, 25 and 247; held to AVX2 26 and 134, 28 and 130.
+    Few rows are bound by memory. Many are bound by arithmetic, in which PyTorch is as fast where the CPU has AMX, and
+    in float32 on Intel's. On other x86 CPUs it is slower. 4,864 x 896, 512 rows, GFLOP/s of PyTorch and `linear`:
+    2 cores of a 4th generation Xeon without AMX, 2026-11-30, bfloat16 162 and 276, float16 295 and 290; held to AVX-512
+    without half precision 61 and 289, 25 and 247; held to AVX2 26 and 134, 28 and 130. 2 cores of an AMD EPYC, Zen 4,
+    2026-11-30, bfloat16 393 and 403 (128 rows 367 and 408), float32 169 and 200 (896 x 4,864: 193 and 205).
     """
     halves = {torch.bfloat16, torch.float16}
-    many = {"avx2": halves, "avx512": halves, "avx512bf16": {torch.float16}}
+    many = {"avx2": halves, "avx512": halves, "avx512bf16": halves | {torch.float32}}
     # What is unknown counts as there: AMX has not been measured.
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
     return sys.maxsize if dtype in many.get(cpu_instruction_set(), set()) and not has_amx else 64
 
 
-def _is_plain(module: nn.Linear, input: Tensor) -> bool:
-    """Whether `linear` computes what nn.Linear does, and faster. Asked seven times in each layer of a step."""
-    weight, bias = module.weight, module.bias
-    if type(input) is not Tensor or type(weight) is not nn.Parameter or not (_is_plain_on_cpu(input) and input.dim()):
-        return False
-    dtype, size = input.dtype, input.shape[-1]
+def is_faster(module: Any, input: Tensor) -> bool:
+    """Whether `linear`, which does not know gradients and autocast, is faster than nn.Linear if it can compute this."""
+    # A class of its own may compute in its own way, as quantised weights do.
     return (
-        dtype in _DTYPES
-        and 0 < input.numel() <= most_rows(dtype) * size
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and weight.dtype == dtype
-        and _is_plain_on_cpu(weight)
-        and weight.dim() == 2
-        and weight.shape[1] == size
-        and weight.is_contiguous()
-        and (bias is None or _fits(bias, weight))
+        type(module.weight) is nn.Parameter and may_run(input) and has_few_rows(input) and module.weight.is_contiguous()
     )
 
 
-def _fits(bias: Tensor, weight: Tensor) -> bool:
-    same = bias.dtype == weight.dtype and bias.shape == weight.shape[:1]
-    return same and _is_plain_on_cpu(bias) and bias.is_contiguous()
+def may_run(input: Tensor) -> bool:
+    """Whether an op may have this input, and takes part in what goes on."""
+    return (
+        type(input) is Tensor
+        and input.is_cpu
+        and input.layout is torch.strided
+        and input.dtype in _DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
-def _is_plain_on_cpu(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested
+def has_few_rows(input: Tensor) -> bool:
+    """Whether there are no more rows than `most_rows`."""
+    return input.dim() > 0 and input.numel() <= most_rows(input.dtype) * input.shape[-1]

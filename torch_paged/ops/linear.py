@@ -11,18 +11,19 @@ define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `input @ weight.T + bias`, summed in float32 and rounded once.
 
-    A row's result does not depend on the other rows, only, in its last bits, on their number: up to 12, and 17 to 23,
-    are multiplied by weights that stay where they are, at the speed of memory for the few rows of a decode step; for
-    others blocks of both are packed, at the speed of arithmetic, as floats where the instruction set in use has no dot
-    products of bfloat16.
+    A row's result does not depend on the other rows, only, in its last bits, on their number: few are multiplied by
+    weights that stay where they are, at the speed of memory for those of a decode step; for many, more than 12 to 28 by
+    instruction set, blocks of both are packed, at the speed of arithmetic, as floats where the instruction set in use
+    has no dot products of bfloat16.
 
     Args:
-        input: `[rows, in_features]`, float32, bfloat16 or float16, on a CPU, last dimension contiguous.
+        input: `[..., in_features]`, float32, bfloat16 or float16, on a CPU; contiguous, but a matrix may be so in its
+            last dimension alone.
         weight: `[out_features, in_features]`, dtype of input, last dimension contiguous.
         bias: `[out_features]`, dtype of input, contiguous.
 
     Returns:
-        `[rows, out_features]`, contiguous, dtype of input.
+        `[..., out_features]`, contiguous, dtype of input.
 
     Raises:
         ValueError: dtype, shape, strides or device of an argument is wrong.
@@ -38,4 +39,4 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @fake("linear")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_same_device(input, weight=weight, bias=bias)
-    return input.new_empty((input.shape[0], weight.shape[0]))
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "../linear.h"
+#include "activation.h"
 #include "dots.h"
 #include "weight_block.h"
 
@@ -19,7 +20,7 @@ constexpr int kTileRows = 4;
 constexpr int outputs_of(int rows) { return kAccumulators / (rows == 3 ? kTileRows : rows); }
 
 // sums [rows][outputs] += inputs x weights, for rows [0, rows) of the packed inputs and `outputs` rows of the weights.
-template <class Dot, int rows, bool fetches, class T>
+template <class Dot, int rows, int fetches, class T>
 void multiply_tile(const typename Dot::Packed* inputs, int64_t input_stride, const Block<T>& block, int64_t first,
                    float* sums_of_rows, NextBlock<T>& next) {
   constexpr int outputs = outputs_of(rows);
@@ -33,7 +34,7 @@ void multiply_tile(const typename Dot::Packed* inputs, int64_t input_stride, con
 #pragma GCC unroll 16
     for (int o = 0; o < outputs; ++o) {
       const typename Dot::Part parts = Dot::template load_parts<1>(from[o] + at, from[o] + at);
-      if constexpr (fetches) next.prefetch();
+      if (o < fetches) next.prefetch();
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) sum[r * outputs + o] = Dot::multiply_add(sum[r * outputs + o], parts, input[r]);
     }
@@ -65,12 +66,19 @@ void multiply_block(const typename Dot::Packed* inputs, int64_t input_stride, co
                     float* sums_of_rows, NextBlock<T>& next, int64_t groups, int64_t& tile) {
   constexpr int outputs = outputs_of(rows);
   for (int64_t first = 0; first < block.outputs; first += outputs, ++tile) {
-    if (tile % groups == 0) {
-      next.allow(outputs);
-      multiply_tile<Dot, rows, true>(inputs, input_stride, block, first, sums_of_rows, next);
-    } else {
-      multiply_tile<Dot, rows, false>(inputs, input_stride, block, first, sums_of_rows, next);
-    }
+    const int64_t fetches = (tile + 1) * outputs / groups - tile * outputs / groups;
+    next.allow(outputs);
+    const auto multiply = [&](auto n) {
+      multiply_tile<Dot, rows, n>(inputs, input_stride, block, first, sums_of_rows, next);
+    };
+    if (fetches == 0)
+      multiply(std::integral_constant<int, 0>{});
+    else if (fetches == 1)
+      multiply(std::integral_constant<int, 1>{});
+    else if (fetches == 2)
+      multiply(std::integral_constant<int, 2>{});
+    else
+      multiply(std::integral_constant<int, outputs>{});
   }
 }
 
@@ -105,10 +113,10 @@ void pack_row(const T* row, int64_t size, typename Dot::Packed* packed) {
 }
 
 template <class T>
-void begin_sums(const Linear& call, int64_t rows, int64_t first, int64_t outputs, float* sums_of_rows) {
+void begin_sums(const char* bias, int64_t rows, int64_t first, int64_t outputs, float* sums_of_rows) {
   std::memset(sums_of_rows, 0, rows * kOutputBlock * sizeof(float));
-  if (!call.bias) return;
-  for (int64_t o = 0; o < outputs; ++o) sums_of_rows[o] = to_float(reinterpret_cast<const T*>(call.bias)[first + o]);
+  if (!bias) return;
+  for (int64_t o = 0; o < outputs; ++o) sums_of_rows[o] = to_float(reinterpret_cast<const T*>(bias)[first + o]);
   for (int64_t r = 1; r < rows; ++r)
     std::memcpy(sums_of_rows + r * kOutputBlock, sums_of_rows, outputs * sizeof(float));
 }
@@ -117,17 +125,33 @@ template <class T>
 void write_sums(const Linear& call, int64_t first, int64_t outputs, const float* sums_of_rows) {
   for (int64_t r = 0; r < call.num_rows; ++r) {
     T* const to = reinterpret_cast<T*>(call.out) + r * call.out_features + first;
-    for (int64_t o = 0; o < outputs; o += kLanes)
-      narrow(to + o, load(sums_of_rows + r * kOutputBlock + o), outputs - o);
+    for (int64_t o = 0; o < outputs; o += kLanes) {
+      Vec sum = load(sums_of_rows + r * kOutputBlock + o);
+      if (call.num_weights() == 2)
+        sum = activate(call.activation, sum) * load(sums_of_rows + (call.num_rows + r) * kOutputBlock + o);
+      narrow(to + o, sum, outputs - o);
+    }
   }
 }
+
+// Where the blocks of a call are, in the order in which they are used: inputs, weights, outputs.
+struct Place {
+  int64_t output, input;
+  int weight;
+
+  Place next(const Linear& call) const {
+    if (input + kInputBlock < call.in_features) return {output, input + kInputBlock, weight};
+    if (weight + 1 < call.num_weights()) return {output, 0, weight + 1};
+    return {output + kOutputBlock, 0, 0};
+  }
+};
 
 template <class Dot, class T>
 void multiply(const Linear& call, int64_t begin, int64_t end, float* scratch) {
   using Packed = typename Dot::Packed;
   const int64_t rows = call.num_rows;
-  float* const sums_of_rows = scratch;
-  Packed* const packed = reinterpret_cast<Packed*>(scratch + rows * kOutputBlock);
+  float* const sums = scratch;  // [weight][row][kOutputBlock]
+  Packed* const packed = reinterpret_cast<Packed*>(sums + 2 * rows * kOutputBlock);
   const Packed* inputs = packed;
   int64_t stride = (call.in_features + kChunk - 1) / kChunk * kChunk;
   const T* const from = reinterpret_cast<const T*>(call.input);
@@ -138,22 +162,23 @@ void multiply(const Linear& call, int64_t begin, int64_t end, float* scratch) {
   }
   if (!in_place)
     for (int64_t r = 0; r < rows; ++r) pack_row<Dot>(from + r * call.row_stride, call.in_features, packed + r * stride);
-  const auto block_at = [&](int64_t output, int64_t input) {
-    return Block<T>{reinterpret_cast<const T*>(call.weight) + output * call.weight_stride + input,
-                    min(kOutputBlock, end - output), min(kInputBlock, call.in_features - input), call.weight_stride};
+  const auto block_at = [&](const Place& at) {
+    const cpu::LinearWeight& weight = call.weights[at.weight];
+    const T* const first = reinterpret_cast<const T*>(weight.data) + at.output * weight.stride + at.input;
+    return Block<T>{first, min(kOutputBlock, end - at.output), min(kInputBlock, call.in_features - at.input),
+                    weight.stride};
   };
-  for (int64_t output = begin; output < end; output += kOutputBlock) {
-    const int64_t outputs = min(kOutputBlock, end - output);
-    begin_sums<T>(call, rows, output, outputs, sums_of_rows);
-    for (int64_t input = 0; input < call.in_features; input += kInputBlock) {
-      Block<T> next{};
-      if (input + kInputBlock < call.in_features)
-        next = block_at(output, input + kInputBlock);
-      else if (output + kOutputBlock < end)
-        next = block_at(output + kOutputBlock, 0);
-      multiply_block<Dot>(inputs + input, stride, rows, block_at(output, input), sums_of_rows, NextBlock<T>(next));
+  for (Place at{begin, 0, 0}; at.output < end;) {
+    const int64_t output = at.output, outputs = min(kOutputBlock, end - output);
+    for (int w = 0; w < call.num_weights(); ++w)
+      begin_sums<T>(call.weights[w].bias, rows, output, outputs, sums + w * rows * kOutputBlock);
+    while (at.output == output) {
+      const Place next = at.next(call);
+      multiply_block<Dot>(inputs + at.input, stride, rows, block_at(at), sums + at.weight * rows * kOutputBlock,
+                          NextBlock<T>(next.output < end ? block_at(next) : Block<T>{}));
+      at = next;
     }
-    write_sums<T>(call, output, outputs, sums_of_rows);
+    write_sums<T>(call, output, outputs, sums);
   }
 }
 

@@ -1,0 +1,82 @@
+"""Gated MLPs of a patched model: on a CPU, native passes run gate and up projection by one op."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from transformers.activations import GELUTanh, SiLUActivation
+
+from torch_paged.hf.call import current
+from torch_paged.hf.disguise import disguise
+from torch_paged.hf.linear import is_fast, is_faster
+from torch_paged.hf.same_code import same_code
+
+_gated_linear = torch.ops.paged.gated_linear.default
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {SiLUActivation: "silu", nn.SiLU: "silu", GELUTanh: "gelu_tanh"}
+
+
+# What the op computes, but for the last product, as transformers has it in most of its models.
+def _llama(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # noqa: RET504
+
+
+def _qwen2(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@functools.cache
+def fast_class(stock: type[nn.Module]) -> Any:
+    """Return the subclass of `stock` that knows `gated_linear`, None if it computes something else than Llama's MLP."""
+    if not (same_code(stock.forward, _llama) or same_code(stock.forward, _qwen2)):
+        return None
+
+    class MLP(stock):  # type: ignore[misc, valid-type]
+        is_fast_layer = True
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if current.fast_layers and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+                (input,) = args
+                gate, up, activation = self.gate_proj, self.up_proj, self.act_fn
+                if _is_faster(gate, up, activation, input):
+                    try:
+                        hidden: Tensor = _gated_linear(
+                            input.contiguous(),
+                            gate.weight,
+                            up.weight,
+                            gate.bias,
+                            up.bias,
+                            _ACTIVATIONS[type(activation)],
+                        )
+                    except RuntimeError:
+                        # What the op does not compute, PyTorch computes or refuses in its own words.
+                        return stock.forward(self, *args, **kwargs)
+                    return self.down_proj(hidden)
+            return stock.forward(self, *args, **kwargs)
+
+    disguise(MLP, stock)
+    return MLP
+
+
+def _is_faster(gate: nn.Module, up: nn.Module, activation: nn.Module, input: Tensor) -> bool:
+    """Whether the op is faster than the three modules, and nobody looks at what is between them."""
+    return (
+        type(activation) in _ACTIVATIONS
+        and is_fast(gate)
+        and is_fast(up)
+        and not (_is_watched(gate) or _is_watched(up) or _is_watched(activation))
+        and not nn_module._global_forward_hooks
+        and not nn_module._global_forward_pre_hooks
+        and is_faster(gate, input)
+        and type(up.weight) is nn.Parameter
+        and up.weight.is_contiguous()
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
