@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -237,3 +240,27 @@ def test_a_wrong_input_is_refused_as_in_stock() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         generate(model, batch([5, 9]))
     assert "mat1 and mat2 shapes cannot be multiplied" in str(stock.value)
+
+
+def test_a_replaced_method_is_the_one_that_runs() -> None:
+    model = tiny("llama")
+    inputs = batch([5, 9])
+
+    def half(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, 0.5 * self.weight, self.bias)
+
+    with torch_paged.paged(model), rows_of_calls("linear") as rows, mock.patch.object(nn.Linear, "forward", half):
+        actual = generate(model, inputs)
+    assert rows == []
+    with mock.patch.object(nn.Linear, "forward", half):
+        assert_same_tokens(model, generate(model, inputs), actual, inputs)
+
+
+def test_nothing_keeps_the_handle_of_a_model_that_was_patched() -> None:
+    model = tiny("llama")
+    with torch_paged.paged(model) as handle:
+        generate(model, batch([5, 9]))
+    there = weakref.ref(handle)
+    del handle
+    gc.collect()
+    assert there() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -162,3 +163,19 @@ def test_same_code() -> None:
     assert same_code(renamed, known)
     for other in (other_name, other_constant, other_order, more_arguments, len, lambda *args: None):
         assert not same_code(other, known)
+
+
+def test_a_replaced_method_is_the_one_that_runs() -> None:
+    """As libraries replace the methods of transformers' classes."""
+    model = tiny("llama")
+    cls = type(norms(model)[0])
+    inputs = batch([5, 9])
+
+    def double(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    with torch_paged.paged(model), rows_of_calls("rms_norm") as rows, mock.patch.object(cls, "forward", double):
+        actual = generate(model, inputs)
+    assert rows == []
+    with mock.patch.object(cls, "forward", double):
+        assert_same_tokens(model, generate(model, inputs), actual, inputs)

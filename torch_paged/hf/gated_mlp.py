@@ -12,7 +12,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.linear import is_fast, is_faster
+from torch_paged.hf.linear import is_fast, is_faster, pass_refusal
 from torch_paged.hf.same_code import same_code
 
 _gated_linear = torch.ops.paged.gated_linear.default
@@ -30,33 +30,32 @@ def _qwen2(self: Any, x: Any) -> Any:
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-@functools.cache
-def fast_class(stock: type[nn.Module]) -> Any:
+def fast_class(stock: Any) -> Any:
     """Return the subclass of `stock` that knows `gated_linear`, None if it computes something else than Llama's MLP."""
-    if not (same_code(stock.forward, _llama) or same_code(stock.forward, _qwen2)):
-        return None
+    return _fast_mlp(stock) if same_code(stock.forward, _llama) or same_code(stock.forward, _qwen2) else None
 
-    class MLP(stock):  # type: ignore[misc, valid-type]
+
+@functools.cache
+def _fast_mlp(stock: Any) -> Any:
+    known = stock.forward
+
+    class MLP(stock):  # type: ignore[misc]
         is_fast_layer = True
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if current.fast_layers and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            # Somebody may have replaced the method meanwhile.
+            plain = stock.forward is known and len(args) == 1 and not kwargs
+            if current.fast_layers and plain and not torch.compiler.is_compiling():
                 (input,) = args
                 gate, up, activation = self.gate_proj, self.up_proj, self.act_fn
                 if _is_faster(gate, up, activation, input):
+                    arguments = (input.contiguous(), gate.weight, up.weight, gate.bias, up.bias)
                     try:
-                        hidden: Tensor = _gated_linear(
-                            input.contiguous(),
-                            gate.weight,
-                            up.weight,
-                            gate.bias,
-                            up.bias,
-                            _ACTIVATIONS[type(activation)],
-                        )
-                    except RuntimeError:
-                        # What the op does not compute, PyTorch computes or refuses in its own words.
-                        return stock.forward(self, *args, **kwargs)
-                    return self.down_proj(hidden)
+                        hidden: Tensor = _gated_linear(*arguments, _ACTIVATIONS[type(activation)])
+                    except RuntimeError as error:
+                        pass_refusal(error)
+                    else:
+                        return self.down_proj(hidden)
             return stock.forward(self, *args, **kwargs)
 
     disguise(MLP, stock)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
 from torch_paged.ops import cpu_instruction_set
+from torch_paged.ops._library import is_refusal
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without the choice of an overload, and without the renaming of errors.
 _linear = torch.ops.paged.linear.default
+_stock_forward = nn.Linear.forward
 
 
-def fast_class(stock: type[nn.Module]) -> Any:
+def fast_class(stock: Any) -> Any:
     """Return the class that knows `linear` for nn.Linear itself, None for any other class, also for derived ones."""
     return _fast_linear() if stock is nn.Linear else None
 
@@ -39,9 +41,8 @@ def _fast_linear() -> Any:
                 try:
                     out: Tensor = _linear(input.contiguous(), self.weight, self.bias)
                     return out
-                except RuntimeError:
-                    # What the op does not compute, PyTorch computes or refuses in its own words.
-                    pass
+                except RuntimeError as error:
+                    pass_refusal(error)
             return nn.Linear.forward(self, input)
 
     disguise(Linear, nn.Linear)
@@ -67,10 +68,21 @@ def most_rows(dtype: torch.dtype) -> int:
 
 def is_faster(module: Any, input: Tensor) -> bool:
     """Whether `linear`, which does not know gradients and autocast, is faster than nn.Linear if it can compute this."""
-    # A class of its own may compute in its own way, as quantised weights do.
     return (
-        type(module.weight) is nn.Parameter and may_run(input) and has_few_rows(input) and module.weight.is_contiguous()
+        # A class of its own may compute in its own way, as quantised weights do.
+        type(module.weight) is nn.Parameter
+        # Somebody may have replaced the method.
+        and nn.Linear.forward is _stock_forward
+        and may_run(input)
+        and has_few_rows(input)
+        and module.weight.is_contiguous()
     )
+
+
+def pass_refusal(error: RuntimeError) -> None:
+    """Raise the error of an op, unless it refuses its arguments: PyTorch computes them, or refuses in its own words."""
+    if not (is_refusal(error) or isinstance(error, NotImplementedError)):
+        raise error
 
 
 def may_run(input: Tensor) -> bool:

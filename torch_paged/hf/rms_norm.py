@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.linear import may_run
+from torch_paged.hf.linear import may_run, pass_refusal
 from torch_paged.hf.same_code import same_code
 
 _rms_norm = torch.ops.paged.rms_norm.default
@@ -25,24 +25,27 @@ def _llama(self: Any, hidden_states: Any) -> Any:
     return self.weight * hidden_states.to(input_dtype)
 
 
-@functools.cache
-def fast_class(stock: type[nn.Module]) -> Any:
+def fast_class(stock: Any) -> Any:
     """Return the subclass of `stock` that knows `rms_norm`, None if it computes something else than Llama's norm."""
-    if not same_code(stock.forward, _llama):
-        return None
+    return _fast_norm(stock) if same_code(stock.forward, _llama) else None
 
-    class RMSNorm(stock):  # type: ignore[misc, valid-type]
+
+@functools.cache
+def _fast_norm(stock: Any) -> Any:
+    known = stock.forward
+
+    class RMSNorm(stock):  # type: ignore[misc]
         is_fast_layer = True
 
         def forward(self, hidden_states: Tensor) -> Tensor:
-            plain = type(self.weight) is nn.Parameter
+            # Somebody may have replaced the method meanwhile.
+            plain = stock.forward is known and type(self.weight) is nn.Parameter
             if current.fast_layers and plain and not torch.compiler.is_compiling() and may_run(hidden_states):
                 try:
                     normal: Tensor = _rms_norm(hidden_states.contiguous(), self.weight, self.variance_epsilon)
                     return normal
-                except RuntimeError:
-                    # What the op does not compute, PyTorch computes or refuses in its own words.
-                    pass
+                except RuntimeError as error:
+                    pass_refusal(error)
             result: Tensor = stock.forward(self, hidden_states)
             return result
 

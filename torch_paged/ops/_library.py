@@ -39,8 +39,13 @@ class value_errors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is RuntimeError and _CHECK_TEXT.fullmatch(str(error)):
+        if error is not None and is_refusal(error):
             raise ValueError(str(error)) from None
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this is an op's argument check, not something that went wrong while it ran."""
+    return type(error) is RuntimeError and _CHECK_TEXT.fullmatch(str(error)) is not None
 
 
 def check_same_device(like: Tensor, **arguments: Tensor | None) -> None:
