@@ -110,6 +110,8 @@ def _argument(value: Any, is_optional: bool, index_of: dict[int, int]) -> bytes:
     if isinstance(value, list):
         items = b"".join(_tensor(tensor, index_of) for tensor in value)
         return _numbers(is_optional, TENSORS, len(value)) + items
+    if isinstance(value, str):
+        return _numbers(is_optional, STRING) + _blob(value.encode())
     if isinstance(value, float):
         return _numbers(is_optional, REAL) + struct.pack("<d", value)
     return _numbers(is_optional, INTEGER, int(value))

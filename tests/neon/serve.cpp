@@ -37,6 +37,12 @@ void write(const void* bytes, int64_t count) {
 }
 void write(const std::string& text) { write(text.data(), int64_t(text.size())); }
 
+std::string read_string() {
+  std::string text(read(), 0);
+  read_all(text.data(), text.size());
+  return text;
+}
+
 struct Memory {
   std::shared_ptr<char> bytes;
   int64_t size;
@@ -75,6 +81,7 @@ StableIValue read_argument(const std::vector<Memory>& memories) {
       value = stub::to_list(items);
       break;
     }
+    case kString: value = stub::to_string(read_string()); break;
     default: throw std::logic_error("unknown kind " + std::to_string(kind));
   }
   return is_optional ? reinterpret_cast<StableIValue>(new StableIValue(value)) : value;
@@ -89,8 +96,7 @@ void write_output(int64_t kind, StableIValue value) {
 }
 
 void serve() {
-  std::string name(read(), 0);
-  read_all(name.data(), name.size());
+  const std::string name = read_string();
   stub::set_num_threads(read());
   std::vector<Memory> memories(read());
   for (Memory& memory : memories) memory = read_memory();

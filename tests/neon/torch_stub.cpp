@@ -68,6 +68,8 @@ std::shared_ptr<char> allocate(int64_t bytes) {
 
 StableIValue to_list(const std::vector<StableIValue>& items) { return reinterpret_cast<StableIValue>(new List{items}); }
 
+StableIValue to_string(const std::string& text) { return reinterpret_cast<StableIValue>(new std::string(text)); }
+
 std::string take_string(StableIValue value) {
   const std::unique_ptr<std::string> owner(as<std::string*>(value));
   return *owner;
@@ -223,6 +225,18 @@ int32_t torch_list_push_back(StableListHandle list, StableIValue item) {
 }
 int32_t torch_delete_list(StableListHandle list) {
   delete of(list);
+  return 0;
+}
+int32_t torch_string_length(StringHandle text, size_t* length) {
+  *length = reinterpret_cast<std::string*>(text)->size();
+  return 0;
+}
+int32_t torch_string_c_str(StringHandle text, const char** data) {
+  *data = reinterpret_cast<std::string*>(text)->c_str();
+  return 0;
+}
+int32_t torch_delete_string(StringHandle text) {
+  delete reinterpret_cast<std::string*>(text);
   return 0;
 }
 int32_t torch_new_string_handle(const char* data, size_t length, StringHandle* handle) {

@@ -28,6 +28,7 @@ BoxedKernel kernel_of(const std::string& name);
 void set_num_threads(int64_t num_threads);
 std::shared_ptr<char> allocate(int64_t bytes);
 StableIValue to_list(const std::vector<StableIValue>& items);
+StableIValue to_string(const std::string& text);
 std::string take_string(StableIValue value);
 
 }  // namespace stub
