@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def _own_forward(model: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
+def _compiled(model: PreTrainedModel) -> dict[str, Any]:
+    for mlp in mlps(model):
+        mlp.up_proj.compile(backend="eager")
+    return {}
+
+
+def _scripted(model: PreTrainedModel) -> dict[str, Any]:
+    for mlp in mlps(model):
+        mlp.act_fn = torch.jit.trace(nn.SiLU(), torch.ones(1))
+    return {}
+
+
 def _own_linear(model: PreTrainedModel) -> dict[str, Any]:
     class Own(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -98,7 +111,9 @@ def _own_mlp(model: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("change", [_knob, _other_activation, _exact_gelu, _own_forward, _own_linear, _own_mlp])
+@pytest.mark.parametrize(
+    "change", [_knob, _other_activation, _exact_gelu, _own_forward, _compiled, _scripted, _own_linear, _own_mlp]
+)
 def test_others_run_by_pytorch(change: Callable[[PreTrainedModel], dict[str, Any]]) -> None:
     model = tiny("llama")
     knobs = change(model)
@@ -200,3 +215,22 @@ def test_modules_are_stock_again() -> None:
         assert {type(mlp) for mlp in mlps(other)} == {stock}
     torch_paged.unpatch(model)
     assert {type(mlp) for mlp in mlps(model)} == {stock}
+
+
+@pytest.mark.parametrize("of_activation", [False, True])
+def test_a_replaced_method_is_the_one_that_runs(of_activation: bool) -> None:
+    """As libraries replace the methods of transformers' classes."""
+    model = tiny("llama")
+    mlp = mlps(model)[0]
+    cls = type(mlp.act_fn if of_activation else mlp)
+    inputs = batch([5, 9])
+    once = cls.forward
+
+    def twice(self: Any, x: torch.Tensor) -> Any:
+        return 2 * once(self, x)
+
+    with torch_paged.paged(model), rows_of_calls("gated_linear") as rows, mock.patch.object(cls, "forward", twice):
+        actual = generate(model, inputs)
+    assert rows == []
+    with mock.patch.object(cls, "forward", twice):
+        assert_same_tokens(model, generate(model, inputs), actual, inputs)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import torch_paged
 from torch_paged import generate_many
-from torch_paged.hf import linear as fast_linear
+from torch_paged.hf import linear
 from torch_paged.hf.call import current
 
 from .fast_ops import rows_of_calls
@@ -57,7 +57,7 @@ def test_prefills_of_few_tokens_and_all_steps() -> None:
 def test_halves_are_as_exact_as_in_stock(
     lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_linear, "most_rows", lambda dtype: sum(lengths))
+    monkeypatch.setattr(linear, "most_rows", lambda dtype: sum(lengths))
     model = tiny("llama", dtype)
     inputs = batch(lengths)
     options: dict[str, Any] = dict(max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
@@ -84,9 +84,9 @@ CPUS: dict[str, tuple[str, bool, list[torch.dtype]]] = {
 def test_prefills_of_many_tokens_by_the_faster_one(
     instruction_set: str, amx: bool, many: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_linear, "cpu_instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(linear, "cpu_instruction_set", lambda: instruction_set)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    fast_linear.most_rows.cache_clear()
+    linear.most_rows.cache_clear()
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             model = tiny("llama", dtype)
@@ -95,7 +95,7 @@ def test_prefills_of_many_tokens_by_the_faster_one(
             prefill = [66] * (LAYERS - 1) if dtype in many else []
             assert rows == prefill + [3] + [3] * LAYERS
     finally:
-        fast_linear.most_rows.cache_clear()
+        linear.most_rows.cache_clear()
 
 
 def _knob(model: PreTrainedModel) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -9,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 import torch_paged
@@ -77,12 +80,39 @@ def _weights_that_broadcast(model: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
+def _eps_of_each_channel(model: PreTrainedModel) -> dict[str, Any]:
+    for norm in norms(model):
+        norm.variance_epsilon = torch.linspace(1e-6, 1e-5, len(norm.weight))
+    return {}
+
+
+def _parametrized(model: PreTrainedModel) -> dict[str, Any]:
+    class Double(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    for norm in norms(model):
+        parametrize.register_parametrization(norm, "weight", Double())
+    return {}
+
+
 def _float64(model: PreTrainedModel) -> dict[str, Any]:
     model.double()
     return {}
 
 
-@pytest.mark.parametrize("change", [_knob, _own_class, _own_weights, _weights_that_broadcast, _float64])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _knob,
+        _own_class,
+        _own_weights,
+        _weights_that_broadcast,
+        _eps_of_each_channel,
+        _parametrized,
+        _float64,
+    ],
+)
 def test_others_run_by_pytorch(change: Callable[[PreTrainedModel], dict[str, Any]]) -> None:
     model = tiny("llama")
     knobs = change(model)
@@ -179,3 +209,33 @@ def test_a_replaced_method_is_the_one_that_runs() -> None:
     assert rows == []
     with mock.patch.object(cls, "forward", double):
         assert_same_tokens(model, generate(model, inputs), actual, inputs)
+
+
+def test_what_is_not_contiguous_keeps_its_strides() -> None:
+    model = tiny("llama")
+    norm = norms(model)[0]
+    results: list[torch.Tensor] = []
+    x = torch.randn(2, len(norm.weight), 5, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    with torch_paged.paged(model), torch.no_grad():
+        expected = norm(x)
+        model.lm_head.register_forward_hook(lambda *arguments: results.append(norm(x)))
+        model(**batch([5]), past_key_values=torch_paged.PagedCache(model.config))
+    assert results[0].stride() == expected.stride() and torch.equal(results[0], expected)
+
+
+def test_nothing_keeps_a_class_whose_modules_were_patched() -> None:
+    model = tiny("llama")
+    names = dict(vars(type(norms(model)[0])))
+
+    def patch_one() -> weakref.ref[Any]:
+        cls = type("Own", (nn.Module,), {name: names[name] for name in ("__init__", "forward")})
+        model.own = cls.__new__(cls)
+        nn.Module.__init__(model.own)
+        with torch_paged.paged(model):
+            assert type(model.own) is not cls
+        del model.own
+        return weakref.ref(cls)
+
+    there = patch_one()
+    gc.collect()
+    assert there() is None

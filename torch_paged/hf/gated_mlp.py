@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -12,12 +11,14 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.linear import is_fast, is_faster, pass_refusal
+from torch_paged.hf.fast_class import kept_with, own_forward, pass_refusal
+from torch_paged.hf.linear import is_fast, is_faster
 from torch_paged.hf.same_code import same_code
 
 _gated_linear = torch.ops.paged.gated_linear.default
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {SiLUActivation: "silu", nn.SiLU: "silu", GELUTanh: "gelu_tanh"}
+_FORWARDS = {cls: cls.forward for cls in _ACTIVATIONS}
 
 
 # What the op computes, but for the last product, as transformers has it in most of its models.
@@ -32,10 +33,10 @@ def _qwen2(self: Any, x: Any) -> Any:
 
 def fast_class(stock: Any) -> Any:
     """Return the subclass of `stock` that knows `gated_linear`, None if it computes something else than Llama's MLP."""
-    return _fast_mlp(stock) if same_code(stock.forward, _llama) or same_code(stock.forward, _qwen2) else None
+    forward = own_forward(stock)
+    return kept_with(stock, _fast_mlp) if same_code(forward, _llama) or same_code(forward, _qwen2) else None
 
 
-@functools.cache
 def _fast_mlp(stock: Any) -> Any:
     known = stock.forward
 
@@ -43,12 +44,11 @@ def _fast_mlp(stock: Any) -> Any:
         is_fast_layer = True
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            # Somebody may have replaced the method meanwhile.
-            plain = stock.forward is known and len(args) == 1 and not kwargs
-            if current.fast_layers and plain and not torch.compiler.is_compiling():
+            if current.fast_layers and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
                 (input,) = args
                 gate, up, activation = self.gate_proj, self.up_proj, self.act_fn
-                if _is_faster(gate, up, activation, input):
+                # Somebody may have replaced the method meanwhile.
+                if stock.forward is known and _is_faster(gate, up, activation, input):
                     arguments = (input.contiguous(), gate.weight, up.weight, gate.bias, up.bias)
                     try:
                         hidden: Tensor = _gated_linear(*arguments, _ACTIVATIONS[type(activation)])
@@ -66,6 +66,7 @@ def _is_faster(gate: nn.Module, up: nn.Module, activation: nn.Module, input: Ten
     """Whether the op is faster than the three modules, and nobody looks at what is between them."""
     return (
         type(activation) in _ACTIVATIONS
+        and type(activation).forward is _FORWARDS[type(activation)]
         and is_fast(gate)
         and is_fast(up)
         and not (_is_watched(gate) or _is_watched(up) or _is_watched(activation))
@@ -73,9 +74,9 @@ def _is_faster(gate: nn.Module, up: nn.Module, activation: nn.Module, input: Ten
         and not nn_module._global_forward_pre_hooks
         and is_faster(gate, input)
         and type(up.weight) is nn.Parameter
-        and up.weight.is_contiguous()
     )
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    own = "forward" in vars(module) or module._compiled_call_impl is not None
+    return bool(own or module._forward_hooks or module._forward_pre_hooks)

@@ -8,16 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name in PyTorch's own code
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
+from torch_paged.hf.fast_class import may_run, pass_refusal
+from torch_paged.hf.same_code import same_code
 from torch_paged.ops import cpu_instruction_set
-from torch_paged.ops._library import is_refusal
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without the choice of an overload, and without the renaming of errors.
 _linear = torch.ops.paged.linear.default
+
+
+def _known(self: Any, input: Any) -> Any:
+    """What the op computes."""
+    return F.linear(input, self.weight, self.bias)
+
+
 _stock_forward = nn.Linear.forward
+_forward_is_known = same_code(_stock_forward, _known)
 
 
 def fast_class(stock: Any) -> Any:
@@ -73,30 +82,14 @@ def is_faster(module: Any, input: Tensor) -> bool:
         type(module.weight) is nn.Parameter
         # Somebody may have replaced the method.
         and nn.Linear.forward is _stock_forward
+        and _forward_is_known
         and may_run(input)
-        and has_few_rows(input)
+        and _has_few_rows(input)
+        and module.weight.layout is torch.strided
         and module.weight.is_contiguous()
     )
 
 
-def pass_refusal(error: RuntimeError) -> None:
-    """Raise the error of an op, unless it refuses its arguments: PyTorch computes them, or refuses in its own words."""
-    if not (is_refusal(error) or isinstance(error, NotImplementedError)):
-        raise error
-
-
-def may_run(input: Tensor) -> bool:
-    """Whether an op may have this input, and takes part in what goes on."""
-    return (
-        type(input) is Tensor
-        and input.is_cpu
-        and input.layout is torch.strided
-        and input.dtype in _DTYPES
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def has_few_rows(input: Tensor) -> bool:
+def _has_few_rows(input: Tensor) -> bool:
     """Whether there are no more rows than `most_rows`."""
     return input.dim() > 0 and input.numel() <= most_rows(input.dtype) * input.shape[-1]

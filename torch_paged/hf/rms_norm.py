@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.linear import may_run, pass_refusal
+from torch_paged.hf.fast_class import kept_with, may_run, own_forward, pass_refusal
 from torch_paged.hf.same_code import same_code
 
 _rms_norm = torch.ops.paged.rms_norm.default
@@ -27,27 +26,36 @@ def _llama(self: Any, hidden_states: Any) -> Any:
 
 def fast_class(stock: Any) -> Any:
     """Return the subclass of `stock` that knows `rms_norm`, None if it computes something else than Llama's norm."""
-    return _fast_norm(stock) if same_code(stock.forward, _llama) else None
+    return kept_with(stock, _fast_norm) if same_code(own_forward(stock), _llama) else None
 
 
-@functools.cache
 def _fast_norm(stock: Any) -> Any:
     known = stock.forward
 
     class RMSNorm(stock):  # type: ignore[misc]
         is_fast_layer = True
 
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            # Somebody may have replaced the method meanwhile.
-            plain = stock.forward is known and type(self.weight) is nn.Parameter
-            if current.fast_layers and plain and not torch.compiler.is_compiling() and may_run(hidden_states):
-                try:
-                    normal: Tensor = _rms_norm(hidden_states.contiguous(), self.weight, self.variance_epsilon)
-                    return normal
-                except RuntimeError as error:
-                    pass_refusal(error)
-            result: Tensor = stock.forward(self, hidden_states)
-            return result
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if current.fast_layers and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+                (input,) = args
+                # Somebody may have replaced the method meanwhile.
+                if stock.forward is known and _is_faster(self, input):
+                    try:
+                        return _rms_norm(input, self.weight, self.variance_epsilon)
+                    except RuntimeError as error:
+                        pass_refusal(error)
+            return stock.forward(self, *args, **kwargs)
 
     disguise(RMSNorm, stock)
     return RMSNorm
+
+
+def _is_faster(module: Any, input: Any) -> bool:
+    """Whether the op is faster than the module if it can compute this. What is not contiguous stays so in stock."""
+    return (
+        may_run(input)
+        and input.is_contiguous()
+        and type(module.weight) is nn.Parameter
+        and module.weight.dtype is input.dtype
+        and type(module.variance_epsilon) is float
+    )
