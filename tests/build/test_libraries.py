@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import torch_paged
+import torch_paged.memory.device_reservation  # which defines the ops of the device's memory
 
 PACKAGE = Path(torch_paged.__file__).parent
 BUILD = PACKAGE.parent / "build" / "native"
