@@ -25,8 +25,7 @@ def norms(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
 
 
-# Norms of a pass over 16 tokens: three layers with two each, of which qwen3 norms the heads of queries and keys too, 4
-# and 2 or so, and the last one.
+# qwen3 norms each head of its queries and keys too.
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "mixtral"])
 def test_tokens_are_those_of_stock(name: str) -> None:
     model = tiny(name)

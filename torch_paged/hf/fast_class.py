@@ -44,7 +44,12 @@ def may_run(input: Any) -> bool:
     )
 
 
-def pass_refusal(error: RuntimeError) -> None:
-    """Raise the error of an op, unless it refuses its arguments: PyTorch computes them, or refuses in its own words."""
-    if not (is_refusal(error) or isinstance(error, NotImplementedError)):
-        raise error
+def attempt(op: Callable[..., Any], *arguments: Any) -> Tensor | None:
+    """Return what an op computes, None where it refuses what PyTorch may compute, or refuses in its own words."""
+    try:
+        out: Tensor = op(*arguments)
+    except RuntimeError as error:
+        if is_refusal(error) or isinstance(error, NotImplementedError):
+            return None
+        raise
+    return out

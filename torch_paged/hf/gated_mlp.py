@@ -11,7 +11,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.fast_class import kept_with, own_forward, pass_refusal
+from torch_paged.hf.fast_class import attempt, kept_with, own_forward
 from torch_paged.hf.linear import is_fast, is_faster
 from torch_paged.hf.same_code import same_code
 
@@ -49,12 +49,9 @@ def _fast_mlp(stock: Any) -> Any:
                 gate, up, activation = self.gate_proj, self.up_proj, self.act_fn
                 # Somebody may have replaced the method meanwhile.
                 if stock.forward is known and _is_faster(gate, up, activation, input):
-                    arguments = (input.contiguous(), gate.weight, up.weight, gate.bias, up.bias)
-                    try:
-                        hidden: Tensor = _gated_linear(*arguments, _ACTIVATIONS[type(activation)])
-                    except RuntimeError as error:
-                        pass_refusal(error)
-                    else:
+                    weights = (gate.weight, up.weight, gate.bias, up.bias)
+                    hidden = attempt(_gated_linear, input.contiguous(), *weights, _ACTIVATIONS[type(activation)])
+                    if hidden is not None:
                         return self.down_proj(hidden)
             return stock.forward(self, *args, **kwargs)
 

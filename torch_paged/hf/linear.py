@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812  the name in PyTorch's own co
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.fast_class import may_run, pass_refusal
+from torch_paged.hf.fast_class import attempt, may_run
 from torch_paged.hf.same_code import same_code
 from torch_paged.ops import cpu_instruction_set
 
@@ -25,8 +25,8 @@ def _known(self: Any, input: Any) -> Any:
     return F.linear(input, self.weight, self.bias)
 
 
-_stock_forward = nn.Linear.forward
-_forward_is_known = same_code(_stock_forward, _known)
+# None where somebody had replaced it before.
+_stock_forward = nn.Linear.forward if same_code(nn.Linear.forward, _known) else None
 
 
 def fast_class(stock: Any) -> Any:
@@ -47,11 +47,9 @@ def _fast_linear() -> Any:
         def forward(self, input: Tensor) -> Tensor:
             # Not in graphs, where the backend chooses.
             if current.fast_layers and not torch.compiler.is_compiling() and is_faster(self, input):
-                try:
-                    out: Tensor = _linear(input.contiguous(), self.weight, self.bias)
+                out = attempt(_linear, input.contiguous(), self.weight, self.bias)
+                if out is not None:
                     return out
-                except RuntimeError as error:
-                    pass_refusal(error)
             return nn.Linear.forward(self, input)
 
     disguise(Linear, nn.Linear)
@@ -80,9 +78,8 @@ def is_faster(module: Any, input: Tensor) -> bool:
     return (
         # A class of its own may compute in its own way, as quantised weights do.
         type(module.weight) is nn.Parameter
-        # Somebody may have replaced the method.
+        # Somebody may have replaced the method meanwhile.
         and nn.Linear.forward is _stock_forward
-        and _forward_is_known
         and may_run(input)
         and _has_few_rows(input)
         and module.weight.layout is torch.strided

@@ -9,7 +9,7 @@ from torch import nn
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.fast_class import kept_with, may_run, own_forward, pass_refusal
+from torch_paged.hf.fast_class import attempt, kept_with, may_run, own_forward
 from torch_paged.hf.same_code import same_code
 
 _rms_norm = torch.ops.paged.rms_norm.default
@@ -40,10 +40,9 @@ def _fast_norm(stock: Any) -> Any:
                 (input,) = args
                 # Somebody may have replaced the method meanwhile.
                 if stock.forward is known and _is_faster(self, input):
-                    try:
-                        return _rms_norm(input, self.weight, self.variance_epsilon)
-                    except RuntimeError as error:
-                        pass_refusal(error)
+                    normal = attempt(_rms_norm, input, self.weight, self.variance_epsilon)
+                    if normal is not None:
+                        return normal
             return stock.forward(self, *args, **kwargs)
 
     disguise(RMSNorm, stock)
