@@ -1,4 +1,4 @@
-// Divides one linear layer over the threads.
+// Divides linear layers over the threads.
 #include "linear.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -23,13 +23,21 @@ float* scratch(int64_t floats) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void few_rows(const Linear& call) {
+void few_rows(const std::vector<Linear>& calls) {
   MultiplyFewRows* const multiply_few_rows = cpu_kernels().multiply_few_rows;
-  const int64_t steps = ceil_div(call.out_features, kStep);
-  const int64_t step_bytes = kStep * call.num_weights() * call.in_features * call.element_size;
+  int64_t steps = 0;
+  for (const Linear& call : calls) steps += ceil_div(call.out_features, kStep);
+  const Linear& first = calls.front();
+  const int64_t step_bytes = kStep * first.num_weights() * first.in_features * first.element_size;
   torch::stable::parallel_for(0, steps, grain(step_bytes), [&](int64_t begin, int64_t end) {
-    multiply_few_rows(call, begin * kStep, std::min(end * kStep, call.out_features),
-                      scratch(few_rows_scratch_floats(call)));
+    float* const sums = scratch(few_rows_scratch_floats(first));
+    int64_t before = 0;
+    for (const Linear& call : calls) {
+      const int64_t from = std::max(begin - before, int64_t(0)) * kStep;
+      const int64_t to = std::min((end - before) * kStep, call.out_features);
+      if (from < to) multiply_few_rows(call, from, to, sums);
+      before += ceil_div(call.out_features, kStep);
+    }
   });
 }
 
@@ -70,6 +78,9 @@ void many_rows(const Linear& call) {
 
 }  // namespace
 
-void linear(const Linear& call) { cpu_kernels().has_many_rows(call.num_rows) ? many_rows(call) : few_rows(call); }
+void linear(const std::vector<Linear>& calls) {
+  if (!cpu_kernels().has_many_rows(calls.front().num_rows)) return few_rows(calls);
+  for (const Linear& call : calls) many_rows(call);
+}
 
 }  // namespace paged::cpu

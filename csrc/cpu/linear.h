@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../cache_calls.h"
 
@@ -58,6 +59,8 @@ using MultiplyManyRows = void(const Linear& call, int64_t row_begin, int64_t row
 constexpr int64_t kMostOutputsAtOnce = 16;
 constexpr int64_t kManyRowsScratchFloats = kManyRows * kManyOutputs + (kManyRows + kMostOutputsAtOnce) * kManyInputs;
 
-void linear(const Linear& call);
+// Layers of one input, activation and number of rows: few rows meet them side by side, as small ones are not worth
+// threads of their own.
+void linear(const std::vector<Linear>& calls);
 
 }  // namespace paged::cpu

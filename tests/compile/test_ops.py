@@ -54,6 +54,7 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[int], list[Tensor]]]] = 
     "swap_blocks": (lambda k, v, kc, vc, s: paged.swap_blocks([kc], [vc], torch.tensor([[0, 1]])), rows),
     "linear": (lambda x, weight: paged.linear(x, weight, None), unpacked),
     "gated_linear": (lambda x, weight: paged.gated_linear(x, weight, weight, None, None, "silu"), unpacked),
+    "qkv_linear": (lambda x, weight: paged.qkv_linear(x, weight, weight, weight, None, None, None, 8), unpacked),
     "rms_norm": (lambda x, weight: paged.rms_norm(x, weight[0], 1e-6), unpacked),
     "packed_linear": (lambda x, weight: paged.packed_linear(x, weight, None, 5), packed),
 }

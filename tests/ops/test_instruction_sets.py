@@ -17,6 +17,7 @@ KERNELS = [
     "linear",
     "merge_attention_states",
     "packed_linear",
+    "qkv_linear",
     "reshape_and_cache",
     "rms_norm",
     "rope_and_cache",

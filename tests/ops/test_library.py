@@ -21,6 +21,7 @@ TENSOR_OPS = [
     "linear",
     "merge_attention_states",
     "packed_linear",
+    "qkv_linear",
     "reshape_and_cache",
     "rms_norm",
     "rope_and_cache",

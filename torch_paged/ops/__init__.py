@@ -11,6 +11,7 @@ from torch_paged.ops.gather_cache import gather_cache
 from torch_paged.ops.linear import linear
 from torch_paged.ops.merge_attention_states import merge_attention_states
 from torch_paged.ops.packed_linear import pack_linear_weight, packed_linear
+from torch_paged.ops.qkv_linear import qkv_linear
 from torch_paged.ops.reshape_and_cache import reshape_and_cache
 from torch_paged.ops.rms_norm import rms_norm
 from torch_paged.ops.rope_and_cache import rope_and_cache
@@ -32,6 +33,7 @@ __all__ = [
     "merge_attention_states",
     "pack_linear_weight",
     "packed_linear",
+    "qkv_linear",
     "reshape_and_cache",
     "rms_norm",
     "rope_and_cache",
