@@ -133,7 +133,8 @@ def test_bookkeeping(run):
     assert 0 < report["step"]["min_s"] <= report["step"]["median_s"] <= report["step"]["max_s"]
     assert (report["batch"], report["layers"], report["rounds"]) == (3, 2, 40)
     assert report["median_s_per_layer"] == report["step"]["median_s"] / 2
-    assert [(host["batch"], host["context"]) for host in report["host"]] == [(2, 16), (2, 40)]
+    measured = [(host["way"], host["batch"], host["context"]) for host in report["host"]]
+    assert measured == [(way, 2, context) for way in ("rotate_and_update", "update") for context in (16, 40)]
     assert all(0 < host["min_s"] <= host["median_s"] <= host["max_s"] for host in report["host"])
     status, out, _ = run("bench", "bookkeeping", *options)
     assert status == 0 and "batch 3, layers 2, context 40" in out

@@ -117,15 +117,30 @@ def test_weights_are_followed(made: list[str]) -> None:
     assert made == []
 
 
-@pytest.mark.parametrize(("dtype", "copies"), [
-    (torch.float32, []), (torch.bfloat16, ["packed_weights", "merged_weights"]),
+@pytest.mark.parametrize(("dtype", "fast_rows", "copies"), [
+    (torch.float32, 64, []), (torch.float32, 65, []), (torch.bfloat16, 65, []),
+    (torch.bfloat16, 64, ["packed_weights", "merged_weights"]),
 ])  # fmt: skip
 @torch.no_grad()
-def test_a_prefill_in_float32_keeps_no_copy_of_weights(dtype: torch.dtype, copies: list[str], made: list[str]) -> None:
+def test_prefills_that_keep_no_copy_of_weights(
+    dtype: torch.dtype, fast_rows: int, copies: list[str], made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`linear` is fast up to so many rows of that dtype, on whatever CPU."""
+    monkeypatch.setattr(projections, "most_rows", lambda dtype: fast_rows)
     model = Two(dtype)
     x = torch.randn(65, 6, dtype=dtype)
     torch.testing.assert_close(torch.compile(model, backend="torch_paged")(x), model(x))
     assert made == copies
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+@pytest.mark.parametrize("merge", [True, False])
+@torch.no_grad()
+def test_layers_one_behind_the_other(merge: bool, rows: int) -> None:
+    """With nothing between them."""
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 3)), torch.randn(rows, 6)
+    compiled = torch.compile(model, backend="torch_paged", options={"merge_projections": merge})
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ import torch_paged
 from torch_paged import PagedHandle
 from torch_paged.hf.layer import PagedLayer
 
+_WRITES = ("paged.reshape_and_cache", "paged.rope_and_cache")
+
 
 class _Counting(TorchDispatchMode):
     def __init__(self, calls: Counter[str]) -> None:
@@ -26,12 +28,14 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = f"{func.namespace}.{func._schema.name.split('::')[1]}"
         self.calls[name] += 1
+        self.calls["write"] += name in _WRITES
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def count_calls() -> Iterator[Counter[str]]:
-    """Calls of every op, as "namespace.name", and of "gather" of a layer, which runs where modes do not see it."""
+    """Calls of every op, as "namespace.name"; of those that "write" keys and values; and of "gather" of a layer, which
+    runs where modes do not see it."""
     calls: Counter[str] = Counter()
     gather = PagedLayer.gather
 

@@ -101,7 +101,7 @@ def test_a_family_reads_blocks_and_gives_stocks_tokens(name: str, mode: str, cap
         "tokens that would not tell a difference"
     )
     assert_same_tokens(model, expected, actual, prompt=inputs)
-    assert calls["paged.attention"] == calls["paged.reshape_and_cache"] > 0 == calls["gather"]
+    assert calls["paged.attention"] == calls["write"] > 0 == calls["gather"]
     assert not messages(caplog)
 
 

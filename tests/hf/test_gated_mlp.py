@@ -35,7 +35,9 @@ def test_tokens_are_those_of_stock(name: str) -> None:
     with torch_paged.paged(other), rows_of_calls("gated_linear") as rows:
         actual = generate(other, inputs, max_new_tokens=12, eos_token_id=None)
     layers = len(mlps(model))
-    assert rows == [54] * layers + 11 * [3] * layers
+    # The last one for the tokens whose logits are asked alone, in models in which nothing else sees its output.
+    last = 54 if name == "gemma2" else 3
+    assert rows == [54] * (layers - 1) + [last] + 11 * [3] * layers
     assert_same_tokens(model, expected, actual, inputs)
 
 

@@ -15,6 +15,9 @@ from torch_paged.hf.paged_kv import PagedKV
 
 from .models import assert_same_tokens, batch, generate, tiny, twin
 
+# Attention that our ops run from the projections on needs no handles.
+BY_UPDATE: dict[str, Any] = dict(fast_layers=False)
+
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
 def test_one_pair_for_each_group_in_each_pass(name: str) -> None:
@@ -25,7 +28,7 @@ def test_one_pair_for_each_group_in_each_pass(name: str) -> None:
         made.append(args)
         return new(*args)
 
-    with torch_paged.paged(model), mock.patch.object(PagedKV, "__new__", staticmethod(counted)):
+    with torch_paged.paged(model, **BY_UPDATE), mock.patch.object(PagedKV, "__new__", staticmethod(counted)):
         generate(model, inputs, eos_token_id=None, max_new_tokens=6)
     groups = 1 if name == "llama" else 2
     assert len(made) == 6 * 2 * groups
@@ -46,8 +49,8 @@ def test_what_somebody_keeps_stays_what_it_was(kept: int) -> None:
 
     with torch.no_grad():
         expected = stock(**inputs, use_cache=True)
-        with torch_paged.paged(model), mock.patch.object(PagedLayer, "update", keeping):
-            cache = torch_paged.PagedCache(model.config)
+        with torch_paged.paged(model, **BY_UPDATE), mock.patch.object(PagedLayer, "update", keeping):
+            cache = torch_paged.PagedCache(model.config, **BY_UPDATE)
             actual = model(**inputs, past_key_values=cache)
         torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
         assert len({id(each) for each in held}) == len(held) == 3
@@ -78,6 +81,6 @@ def test_tokens_stay_stocks_where_everything_is_kept() -> None:
         held.append(update(self, *args, **kwargs))
         return held[-1]
 
-    with torch_paged.paged(model), mock.patch.object(PagedLayer, "update", keeping):
+    with torch_paged.paged(model, **BY_UPDATE), mock.patch.object(PagedLayer, "update", keeping):
         actual = generate(model, inputs)
     assert_same_tokens(stock, expected, actual, inputs)

@@ -14,6 +14,8 @@ class CompileOptions:
         merge_projections: run linear layers that share an input as one. Needs weights that are frozen, as they are
             where gradients are off when the graph is captured; takes memory for a second copy of these weights.
         prepack: on a CPU, run linear layers over packed weights, `packed_linear`. As above; one copy serves both.
+            Layers of more than 64 rows run by `linear` and `gated_linear`, over the weights as they are, where these
+            are fast.
         cuda_graphs: replay graphs as CUDA graphs, one for each combination of sizes: those whose sizes are all known,
             and decode steps, whose batch and table width should be rounded up to few. Caches have to stay where they
             are: `torch._dynamo.mark_static_address`.

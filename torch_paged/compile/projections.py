@@ -6,7 +6,6 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,38 +14,17 @@ from torch.fx import Graph, GraphModule, Node
 
 from torch_paged.compile.frozen import Derived
 from torch_paged.compile.graph_copy import copied
+from torch_paged.compile.layers import Layer, linear, run_by_ops, value_of
 from torch_paged.compile.options import CompileOptions
 from torch_paged.ops import pack_linear_weight
+from torch_paged.ops._most_rows import most_rows
 
 _log = logging.getLogger("torch_paged.compile")
-_linear = torch._C._nn.linear
 
-# In float32, MKL is the faster one from about here on; in bfloat16 packed_linear is at any size (2 threads of a 4th
-# generation Xeon, 896 x 4,864: 276 against 216 GFLOP/s in float32 at 128 rows, 152 against 250 in bfloat16).
-_MAX_FLOAT32_ROWS = 64
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer as a graph has it.
-
-    Attributes:
-        node: its result.
-        rows: what it multiplies, `[..., in_features]`.
-        weight: `[out_features, in_features]`, or the other way around.
-        bias: `[out_features]`.
-        transposed: weight is `[in_features, out_features]`, as in transformers' Conv1D.
-    """
-
-    node: Node
-    rows: Any
-    weight: Any
-    bias: Any
-    transposed: bool
-
-    @property
-    def out_features(self) -> int:
-        return int(_value(self.weight).shape[1 if self.transposed else 0])
+# Packed weights are for few rows. In float32, MKL is the faster one from about here on; in bfloat16 packed_linear is at
+# any size (2 threads of a 4th generation Xeon, 896 x 4,864: 276 against 216 GFLOP/s in float32 at 128 rows, 152 against
+# 250 in bfloat16), where `linear` is not.
+_MAX_FEW_ROWS = 64
 
 
 def freeze_projections(
@@ -60,8 +38,11 @@ def freeze_projections(
     graph = copied(graph)
     places = {node: place for place, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     derived: list[Derived] = []
-    merged = packed = 0
+    merged = packed = by_ops = 0
     for layers in _sharing_an_input(graph.graph, places, inputs):
+        if options.prepack and _has_many_rows(layers[0], inputs[places[layers[0].weight]]):
+            by_ops += run_by_ops(graph.graph, layers)
+            continue
         for group in [layers] if options.merge_projections else [[layer] for layer in layers]:
             weight = inputs[places[group[0].weight]]
             pack = options.prepack and _packs(group[0], weight)
@@ -72,7 +53,7 @@ def freeze_projections(
             packed += len(group) if pack else 0
     graph.graph.lint()
     graph.recompile()
-    _log.info("%d linear layers merged with others, %d packed", merged, packed)
+    _log.info("%d linear layers merged with others, %d packed, %d of many rows by ops", merged, packed, by_ops)
     return graph, derived
 
 
@@ -100,20 +81,20 @@ def _together(weights: Sequence[Tensor]) -> Tensor:
     return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
 
 
-def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[Any]) -> list[list[_Layer]]:
+def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[Any]) -> list[list[Layer]]:
     """Return linear layers over frozen weights, grouped by what they multiply."""
     if torch.is_grad_enabled() or _autocasts(graph):
         return []
-    groups: dict[Any, list[_Layer]] = defaultdict(list)
+    groups: dict[Any, list[Layer]] = defaultdict(list)
     for layer in filter(None, map(_layer, graph.nodes)):
         if not _is_frozen(layer.weight, places, inputs):
             continue
         if layer.bias is not None and not _is_frozen(layer.bias, places, inputs):
             continue
-        value, weight = _value(layer.rows), inputs[places[layer.weight]]
+        value, weight = value_of(layer.rows), inputs[places[layer.weight]]
         if not isinstance(value, Tensor) or value.dtype != weight.dtype or weight.dim() != 2 or value.dim() < 2:
             continue
-        if layer.bias is not None and _value(layer.bias).shape != (layer.out_features,):
+        if layer.bias is not None and value_of(layer.bias).shape != (layer.out_features,):
             continue
         groups[layer.rows, weight.dtype, weight.device, layer.bias is None, layer.transposed].append(layer)
     return [group for group in groups.values() if _splits(group)] + [
@@ -121,14 +102,14 @@ def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[An
     ]
 
 
-def _layer(node: Node) -> _Layer | None:
+def _layer(node: Node) -> Layer | None:
     if node.op != "call_function" or node.kwargs:
         return None
-    if node.target is _linear:
-        return _Layer(node, node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None, False)
+    if node.target is linear:
+        return Layer(node, node.args[1], node.args[2] if len(node.args) > 2 else None, False)
     if node.target is torch.addmm:
-        bias, rows, weight = node.args
-        return _Layer(node, rows, weight, bias, True)
+        bias, _, weight = node.args
+        return Layer(node, weight, bias, True)
     return None
 
 
@@ -146,39 +127,46 @@ def _autocasts(graph: Graph) -> bool:
     return inside or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def _splits(group: list[_Layer]) -> bool:
+def _splits(group: list[Layer]) -> bool:
     """Whether the parts of a merged result can be viewed as the layers' own results are."""
     width = sum(layer.out_features for layer in group)
     for node in (layer.node for layer in group):
-        sizes = [_hint(size) for size in _value(node).shape]
+        sizes = [_hint(size) for size in value_of(node).shape]
         part = torch.empty(*sizes[:-1], width, device="meta")[..., : sizes[-1]]
         for user in node.users:
             if user.op == "call_method" and user.target == "view":
                 try:
-                    part.view([_hint(size) for size in _value(user).shape])
+                    part.view([_hint(size) for size in value_of(user).shape])
                 except RuntimeError:
                     return False
     return True
 
 
-def _packs(layer: _Layer, weight: Tensor) -> bool:
+def _packs(layer: Layer, weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return weight.dtype != torch.float32 or _num_rows(layer) <= _MAX_FLOAT32_ROWS
+    return weight.dtype != torch.float32 or _num_rows(layer) <= _MAX_FEW_ROWS
 
 
-def _merges(layer: _Layer, weight: Tensor) -> bool:
+def _has_many_rows(layer: Layer, weight: Tensor) -> bool:
+    """Whether a layer is of a prefill, and ops of ours run it faster than PyTorch over its weight as it is."""
+    on_cpu = weight.device.type == "cpu" and weight.is_contiguous() and not layer.transposed
+    rows = _num_rows(layer)
+    return on_cpu and _MAX_FEW_ROWS < rows <= most_rows(weight.dtype) and value_of(layer.rows).is_contiguous()
+
+
+def _merges(layer: Layer, weight: Tensor) -> bool:
     """Whether unpacked layers gain by merging what a second copy of their weights costs: not the prefill of a CPU."""
-    return weight.device.type != "cpu" or _num_rows(layer) <= _MAX_FLOAT32_ROWS
+    return weight.device.type != "cpu" or _num_rows(layer) <= _MAX_FEW_ROWS
 
 
-def _num_rows(layer: _Layer) -> int:
-    return math.prod(_hint(size) for size in _value(layer.rows).shape[:-1])
+def _num_rows(layer: Layer) -> int:
+    return math.prod(_hint(size) for size in value_of(layer.rows).shape[:-1])
 
 
 def _replace(
     module: GraphModule,
-    group: list[_Layer],
+    group: list[Layer],
     pack: bool,
     places: dict[Node, int],
     inputs: Sequence[Any],
@@ -213,14 +201,14 @@ def _replace(
             out = graph.call_function(torch.ops.paged.packed_linear.default, (flat, weight, bias, sum(sizes)))
             out = graph.call_function(torch.ops.aten.reshape.default, (out, [*lead, sum(sizes)]))
         else:
-            out = graph.call_function(_linear, (rows, weight, bias))
+            out = graph.call_function(linear, (rows, weight, bias))
         first = 0
         for layer, size in zip(group, sizes, strict=True):
             part = out
             if len(group) > 1:
                 part = graph.call_function(torch.ops.aten.slice.Tensor, (out, -1, first, first + size))
             first += size
-            part.meta["example_value"] = _value(layer.node)
+            part.meta["example_value"] = value_of(layer.node)
             layer.node.replace_all_uses_with(part)
     for layer in group:
         graph.erase_node(layer.node)
@@ -230,12 +218,8 @@ def _sizes(graph: Graph, node: Any) -> list[Any]:
     """Return the sizes of a node's result, as nodes where they are not known."""
     return [
         size if isinstance(size, int) else graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-        for dim, size in enumerate(_value(node).shape)
+        for dim, size in enumerate(value_of(node).shape)
     ]
-
-
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value")
 
 
 def _hint(size: Any) -> int:

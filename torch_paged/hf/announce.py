@@ -23,7 +23,8 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
         NeedsOwnAttention: from the pass, which was announced as native and cannot be.
     """
     # A pass without a cache of ours inside another pass, from a hook say, must not inherit that one's call.
-    outer, current.call = (current.call, current.fast_layers), call
+    outer = current.call, current.fast_layers, current.asked
+    current.call, current.asked = call, None
     current.fast_layers = (
         cache is not None and call is not None and call.native and not call.deterministic and cache.config.fast_layers
     )
@@ -42,7 +43,7 @@ def announced(cache: PagedCache | None, call: Call | None) -> Iterator[None]:
             cache.rollback(call)
         raise
     finally:
-        current.call, current.fast_layers = outer
+        current.call, current.fast_layers, current.asked = outer
         if cache is not None:
             cache.state.forget_handles()
             cache.state.pools.line.pass_ends(whole=whole)

@@ -43,14 +43,34 @@ def paged_attention(
     """
     if not isinstance(key, PagedKV) or (step := _native_step(key)) is None:
         return _delegated(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    _require_plain_causal(module, attention_mask, dropout, kwargs)
     layer = key.pair.layer
+    rows = attend_rows(module, token_rows(query), layer, step, attention_mask, scaling, dropout, **kwargs)
+    return _as_columns(rows, query), None
+
+
+def attend_rows(
+    module: nn.Module,
+    rows: Tensor,
+    layer: PagedLayer,
+    step: Step,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Tensor:
+    """`paged_attention` in a native call, of queries as rows over what `layer` has stored in the pass of `step`.
+
+    Args:
+        rows: `[batch * width, heads, head_dim]`.
+
+    Returns: `[batch * width, heads, v_head_dim]`.
+    """
+    _require_plain_causal(module, attention_mask, dropout, kwargs)
     window = layer.sliding_window or kwargs.get("sliding_window") or 0
     assert layer.call is not None
     if window not in (layer.call.windows or _CAUSAL):
         raise NeedsOwnAttention(f"{type(module).__name__} has a window of {window or 'all'} tokens, its mask another")
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    return _attend(module, query, layer, step, scaling, window, softcap, sinks), None
+    return _attend(module, rows, layer, step, scaling, window, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
 def _delegated(
@@ -102,7 +122,9 @@ def attend(
         )
     if not isinstance(key, PagedKV) or (step := _native_step(key)) is None:
         raise NeedsOwnAttention(f"{type(module).__name__} attends to other keys and values than the cache's")
-    return _attend(module, query, key.pair.layer, step, scaling, sliding_window, softcap, sinks, alibi_slopes)
+    rows = token_rows(query)
+    out = _attend(module, rows, key.pair.layer, step, scaling, sliding_window, softcap, sinks, alibi_slopes)
+    return _as_columns(out, query)
 
 
 def has_holes(key: Tensor) -> bool:
@@ -114,7 +136,7 @@ def has_holes(key: Tensor) -> bool:
 
 def _attend(
     module: nn.Module,
-    query: Tensor,
+    queries: Tensor,
     layer: PagedLayer,
     step: Step,
     scaling: float | None,
@@ -127,8 +149,7 @@ def _attend(
     assert call is not None
     if layer.sliding_window and layer.sliding_window not in call.windows:
         raise NeedsOwnAttention(f"the cache of {type(module).__name__} has a window, which its mask does not have")
-    batch, _, width, _ = query.shape
-    rows = token_rows(query)
+    rows = queries
     if rows.dtype != layer.dtype:
         rows = rows.to(layer.dtype)
     if step.query_rows is not None:
@@ -154,8 +175,14 @@ def _attend(
 
     out = without_gradient(rows, attention)
     if step.query_rows is not None:
-        out = out.new_zeros(batch * width, *out.shape[1:]).index_copy(0, step.query_rows, out)
-    return out.unsqueeze(1) if width == 1 else out.view(batch, width, *out.shape[1:])
+        out = out.new_zeros(len(queries), *out.shape[1:]).index_copy(0, step.query_rows, out)
+    return out
+
+
+def _as_columns(rows: Tensor, query: Tensor) -> Tensor:
+    """`[batch * width, heads, v_head_dim]` as `[batch, width, heads, v_head_dim]`."""
+    batch, _, width, _ = query.shape
+    return rows.unsqueeze(1) if width == 1 else rows.view(batch, width, *rows.shape[1:])
 
 
 def _native_step(key: PagedKV) -> Step | None:

@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -163,6 +164,8 @@ class _Current(threading.local):
     call: Call | None = None
     # Whether layers may run by our ops in it.
     fast_layers: bool = False
+    # The MLP that is to run for some tokens alone, and these, int64.
+    asked: tuple[nn.Module, Tensor] | None = None
 
 
 current = _Current()

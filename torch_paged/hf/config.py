@@ -45,7 +45,8 @@ class PagedConfig:
         compile: compile prefills and decode steps: True with the backend "torch_paged", or a dict of arguments of
             `torch.compile`.
         fast_layers: on a CPU, layers of uncompiled passes run by `torch_paged.ops`: RMS norms of Llama's kind by
-            `rms_norm`; linear layers by `linear`, and gate and up projections of gated MLPs by `gated_linear`, where
+            `rms_norm`; attention of Llama's, Qwen's and Mistral's by `qkv_linear`, `rope_and_cache` and `attention`;
+            linear layers by `linear`, and gate and up projections of gated MLPs by `gated_linear`, where
             these are faster: with few rows (up to 64), and on x86 CPUs without AMX with any number in float16 and
             bfloat16, in float32 too where the CPU has fast dot products of bfloat16. False: by PyTorch, whose results
             differ in the last bits.

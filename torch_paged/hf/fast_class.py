@@ -44,12 +44,17 @@ def may_run(input: Any) -> bool:
     )
 
 
-def attempt(op: Callable[..., Any], *arguments: Any) -> Tensor | None:
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out of it, or computes it in another way."""
+    own = "forward" in vars(module) or module._compiled_call_impl is not None
+    return bool(own or module._forward_hooks or module._forward_pre_hooks)
+
+
+def attempt(op: Callable[..., Any], *arguments: Any) -> Any:
     """Return what an op computes, None where it refuses what PyTorch may compute, or refuses in its own words."""
     try:
-        out: Tensor = op(*arguments)
+        return op(*arguments)
     except RuntimeError as error:
         if is_refusal(error) or isinstance(error, NotImplementedError):
             return None
         raise
-    return out

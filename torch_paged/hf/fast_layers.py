@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_paged.hf import gated_mlp, linear, rms_norm
+from torch_paged.hf import gated_mlp, linear, rms_norm, self_attention
 from torch_paged.hf.disguise import undisguise
 
 # Given a class of layers, each returns the subclass that knows our op, or None if the op does not compute such layers.
@@ -15,6 +15,7 @@ _FAST_CLASSES: tuple[Callable[..., Any], ...] = (
     linear.fast_class,
     gated_mlp.fast_class,
     rms_norm.fast_class,
+    self_attention.fast_class,
 )
 
 

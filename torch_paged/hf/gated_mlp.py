@@ -11,7 +11,8 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from torch_paged.hf.call import current
 from torch_paged.hf.disguise import disguise
-from torch_paged.hf.fast_class import attempt, kept_with, own_forward
+from torch_paged.hf.fast_class import attempt, is_watched, kept_with, own_forward
+from torch_paged.hf.last_mlp import asked_of, spread
 from torch_paged.hf.linear import is_fast, is_faster
 from torch_paged.hf.same_code import same_code
 
@@ -44,19 +45,27 @@ def _fast_mlp(stock: Any) -> Any:
         is_fast_layer = True
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if current.fast_layers and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-                (input,) = args
-                gate, up, activation = self.gate_proj, self.up_proj, self.act_fn
-                # Somebody may have replaced the method meanwhile.
-                if stock.forward is known and _is_faster(gate, up, activation, input):
-                    weights = (gate.weight, up.weight, gate.bias, up.bias)
-                    hidden = attempt(_gated_linear, input.contiguous(), *weights, _ACTIVATIONS[type(activation)])
-                    if hidden is not None:
-                        return self.down_proj(hidden)
-            return stock.forward(self, *args, **kwargs)
+            # Somebody may have replaced the method meanwhile.
+            if len(args) != 1 or kwargs or stock.forward is not known or torch.compiler.is_compiling():
+                return stock.forward(self, *args, **kwargs)
+            (input,) = args
+            tokens = asked_of(self, input)
+            if tokens is None:
+                return _output(stock, self, input)
+            return spread(_output(stock, self, input[:, tokens]), tokens, input)
 
     disguise(MLP, stock)
     return MLP
+
+
+def _output(stock: Any, mlp: Any, input: Any) -> Any:
+    gate, up, activation = mlp.gate_proj, mlp.up_proj, mlp.act_fn
+    if current.fast_layers and _is_faster(gate, up, activation, input):
+        weights = (gate.weight, up.weight, gate.bias, up.bias)
+        hidden = attempt(_gated_linear, input.contiguous(), *weights, _ACTIVATIONS[type(activation)])
+        if hidden is not None:
+            return mlp.down_proj(hidden)
+    return stock.forward(mlp, input)
 
 
 def _is_faster(gate: nn.Module, up: nn.Module, activation: nn.Module, input: Tensor) -> bool:
@@ -66,14 +75,9 @@ def _is_faster(gate: nn.Module, up: nn.Module, activation: nn.Module, input: Ten
         and type(activation).forward is _FORWARDS[type(activation)]
         and is_fast(gate)
         and is_fast(up)
-        and not (_is_watched(gate) or _is_watched(up) or _is_watched(activation))
+        and not (is_watched(gate) or is_watched(up) or is_watched(activation))
         and not nn_module._global_forward_hooks
         and not nn_module._global_forward_pre_hooks
         and is_faster(gate, input)
         and type(up.weight) is nn.Parameter
     )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    own = "forward" in vars(module) or module._compiled_call_impl is not None
-    return bool(own or module._forward_hooks or module._forward_pre_hooks)

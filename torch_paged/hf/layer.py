@@ -19,6 +19,7 @@ from torch_paged.hf.support import dtype_problem, has_kernel, head_dims_problem
 
 # Without the choice of an overload: 2 microseconds in every layer and step.
 _reshape_and_cache = torch.ops.paged.reshape_and_cache.default
+_rope_and_cache = torch.ops.paged.rope_and_cache.default
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -81,17 +82,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._update(key_states, value_states)
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        # Runs in every layer and step: what the first layer of a group found is not looked for again.
+        if not self._is_planned(key_states.shape, value_states.shape):
+            self._begin(key_states, value_states)
         call, group = self.state.call, self.group
-        if (
-            call is None
-            or call is self.call
-            or group is None
-            or group.call is not call
-            or group.step is None
-            or group.written != (key_states.shape, value_states.shape)
-        ):
-            call, group = self._begin(key_states, value_states)
+        assert call is not None and group is not None
         assert group.step is not None
         if not key_states.dtype == value_states.dtype == self.dtype:
             key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
@@ -116,8 +110,49 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             without_gradient(value_states, lambda: result(1, value_states)),
         )
 
-    def _begin(self, key_states: Tensor, value_states: Tensor) -> tuple[Call, LayerGroup]:
-        """The forward pass that this update belongs to, and the group with its plan of it, after all checks."""
+    def rotate_and_update(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, width: int
+    ) -> Tensor | None:
+        """`update` with a K that is not rotated yet, in the same pass as the query, by `rope_and_cache`.
+
+        Args:
+            query, key, value: `[batch * width, heads, head_dim]`, no graph recorded.
+            cos, sin: `[batch * width, rotary_dim]`.
+
+        Returns: the query rotated; None where the cache has another dtype than K: it is not stored.
+
+        Raises: what `update` raises.
+        """
+        batch = len(key) // width
+        key_shape = (batch, key.shape[1], width, key.shape[2])
+        value_shape = (batch, value.shape[1], width, value.shape[2])
+        if not self._is_planned(key_shape, value_shape):
+            self._begin(*(rows.reshape(batch, width, *rows.shape[1:]).transpose(1, 2) for rows in (key, value)))
+        call, group = self.state.call, self.group
+        assert call is not None and group is not None and group.step is not None
+        if key.dtype != self.dtype:
+            return None
+        slots = group.step.slot_mapping
+        rotated: Tensor = _rope_and_cache(query, key, value, cos, sin, self.key_cache, self.value_cache, slots)
+        self.call = call
+        self.columns += call.width
+        return rotated
+
+    def _is_planned(self, key_shape: tuple[int, ...], value_shape: tuple[int, ...]) -> bool:
+        """Whether another layer of the group has begun this forward pass, and found what this one would find."""
+        # Runs in every layer and step.
+        call, group = self.state.call, self.group
+        return (
+            call is not None
+            and call is not self.call
+            and group is not None
+            and group.call is call
+            and group.step is not None
+            and group.written == (key_shape, value_shape)
+        )
+
+    def _begin(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the plan of the forward pass that this update belongs to, after all checks."""
         batch, _, width, head_dim = key_states.shape
         call = self.state.call
         if call is None or call is self.call or call.input_shape != (batch, width):
@@ -135,7 +170,6 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._check_shapes(key_states, value_states)
         self.group.plan(call)
         self.group.written = key_states.shape, value_states.shape
-        return call, self.group
 
     @property
     def step(self) -> Step | None:

@@ -17,6 +17,7 @@ from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call
 from torch_paged.hf.compiled import Compiled
 from torch_paged.hf.disguise import stock_class
+from torch_paged.hf.last_mlp import runs_for
 
 
 def packed_call(
@@ -101,7 +102,8 @@ class Forward:
                     return outputs
             if "logits_to_keep" in takes:
                 inputs["logits_to_keep"] = logits_to_keep
-            outputs = self(**inputs)
+            with runs_for(logits_to_keep, self.base, self.model, call, inputs):
+                outputs = self(**inputs)
         if self.compiled is not None:
             self.compiled.saw(cache)
         if "logits_to_keep" not in takes:

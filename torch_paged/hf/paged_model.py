@@ -22,6 +22,7 @@ from torch_paged.hf.compiled import is_plain
 from torch_paged.hf.decode_step import run_decode_step
 from torch_paged.hf.disguise import disguise
 from torch_paged.hf.fresh_cache import paged_part
+from torch_paged.hf.last_mlp import runs_for_last_columns
 from torch_paged.hf.leaving import beams_leaving, leaving, order_read_late, tell_of_beams, whether_on
 from torch_paged.hf.packed import Forward
 from torch_paged.hf.packing import call_problem, pack_problem, with_positions
@@ -298,7 +299,7 @@ def _paged_call(
             if compiles and call.width == 1 and cache.state.columns.count and is_plain(named):
                 return run_decode_step(run, cache, call, named)
             return run_unpadded(run, cache, call, named)
-        with announced(cache, call):
+        with announced(cache, call), runs_for_last_columns(base, model, call, named):
             return run(*args, **kwargs)
     except NeedsOwnAttention as needs:
         cache.refuse(str(needs))

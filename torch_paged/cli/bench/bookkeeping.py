@@ -1,6 +1,7 @@
 """Times what a decode step costs besides the model: tables, slots and blocks, once a forward for all layers."""
 
 import argparse
+import itertools
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from rich.table import Table
 
 from torch_paged.cli.arguments import at_least
+from torch_paged.cli.bench.host_time import WAYS, refuse
 from torch_paged.cli.bench.host_time import measure as measure_layers
-from torch_paged.cli.bench.host_time import refuse
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
 from torch_paged.cli.bench.plot import Panel
@@ -51,15 +52,17 @@ def run(args: argparse.Namespace) -> int:
     panel = Panel("Bookkeeping of one decode step", "µs", ["median", "fastest", "slowest"], bars)
     figures: dict[str, Any] = {"step": timing.as_json(), "median_s_per_layer": per_layer, "host": []}
     layers = Table(title="Host time of one layer in a decode step besides the ops, microseconds")
-    for header in ("batch", "context", "median", "fastest", "slowest", "the ops,\nmedian"):
+    for header in ("by", "batch", "context", "median", "fastest", "slowest", "the ops,\nmedian"):
         layers.add_column(header, justify="right")
-    for batch in args.host_batch:
-        # Short rows leave the processor's caches to Python, long ones do not.
-        for context in sorted({min(16, args.context), args.context}):
-            host, ops = measure_layers(batch, args.layers, context, args.block_size, min(args.rounds, HOST_STEPS))
-            figures["host"].append({"batch": batch, "context": context, **host.as_json(), "ops": ops.as_json()})
-            seconds = (host.median, host.fastest, host.slowest, ops.median)
-            layers.add_row(str(batch), str(context), *(f"{1e6 * value:.1f}" for value in seconds))
+    # Short rows leave the processor's caches to Python, long ones do not.
+    contexts = sorted({min(16, args.context), args.context})
+    for way, batch, context in itertools.product(WAYS, args.host_batch, contexts):
+        steps = min(args.rounds, HOST_STEPS)
+        host, ops = measure_layers(batch, args.layers, context, args.block_size, steps, way)
+        shape = {"way": way, "batch": batch, "context": context}
+        figures["host"].append({**shape, **host.as_json(), "ops": ops.as_json()})
+        seconds = (host.median, host.fastest, host.slowest, ops.median)
+        layers.add_row(way, str(batch), str(context), *(f"{1e6 * value:.1f}" for value in seconds))
     write(Output("bookkeeping", settings, figures, [table, layers], [], [panel]), args)
     return 0
 

@@ -13,6 +13,8 @@ from torch_paged.cli.bench.timing import Timing
 if TYPE_CHECKING:
     from torch_paged.hf.support import Support
 
+# As modules of Llama's kind run on a CPU, where the rotary embedding is in the write, and as all others run.
+WAYS = ("rotate_and_update", "update")
 # Of Qwen2.5-0.5B.
 HEADS, KV_HEADS, HEAD_DIM = 14, 2, 64
 
@@ -41,16 +43,17 @@ class _Clock:
 def _timed_ops(clock: _Clock) -> Iterator[None]:
     from torch_paged.hf import attention, layer
 
-    write, attend = layer._reshape_and_cache, attention._attention
-    layer._reshape_and_cache, attention._attention = clock.around(write), clock.around(attend)  # type: ignore[assignment]
+    ops = layer._reshape_and_cache, layer._rope_and_cache, attention._attention
+    timed = map(clock.around, ops)
+    layer._reshape_and_cache, layer._rope_and_cache, attention._attention = timed  # type: ignore[assignment]
     try:
         yield
     finally:
-        layer._reshape_and_cache, attention._attention = write, attend
+        layer._reshape_and_cache, layer._rope_and_cache, attention._attention = ops
 
 
-def measure(batch: int, layers: int, context: int, block_size: int, steps: int) -> tuple[Timing, Timing]:
-    """Time decode steps through `PagedCache.update` and the attention function, in a pass as a patched model makes it.
+def measure(batch: int, layers: int, context: int, block_size: int, steps: int, way: str) -> tuple[Timing, Timing]:
+    """Time decode steps through the cache and the attention function, in a pass as a patched model makes it.
 
     Args:
         batch: rows, all of the same length.
@@ -59,6 +62,7 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int) 
             Python: host time grows with it.
         block_size: tokens of a block.
         steps: decode steps.
+        way: of `WAYS`.
 
     Returns:
         Seconds per layer outside the ops (the two clocks around them, a microsecond, included), and inside them.
@@ -67,7 +71,8 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int) 
 
     from torch_paged.hf import PagedCache
     from torch_paged.hf.announce import announced, make_call
-    from torch_paged.hf.attention import paged_attention
+    from torch_paged.hf.attention import attend_rows, paged_attention
+    from torch_paged.hf.layer import token_rows
 
     config = LlamaConfig(
         hidden_size=HEADS * HEAD_DIM,
@@ -82,13 +87,20 @@ def measure(batch: int, layers: int, context: int, block_size: int, steps: int) 
         query, key, value = (
             torch.randn(batch, width, heads, HEAD_DIM).transpose(1, 2) for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
+        rows = [token_rows(states) for states in (query, key, value)]
+        angles = torch.ones(2, batch * width, HEAD_DIM).unbind()
         ids = torch.zeros(batch, width, dtype=torch.long)
         call = make_call(cache, {"input_ids": ids}, native=True, say=refuse)
 
         def attention(number: int) -> None:
             """Of a layer, which lets go of what the cache gave it, as the modules of a model do."""
-            keys, values = cache.update(key, value, number)
-            paged_attention(module, query, keys, values, None)
+            if way == "update":
+                keys, values = cache.update(key, value, number)
+                paged_attention(module, query, keys, values, None)
+                return
+            layer = cache.layers[number]
+            rotated = layer.rotate_and_update(*rows, *angles, width)
+            attend_rows(module, rotated, layer, layer.group.step, None, None, 0.0)
 
         clock.take()
         with announced(cache, call):

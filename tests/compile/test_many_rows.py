@@ -1,0 +1,138 @@
+"""Linear layers of many rows on a CPU run by ops over the weights as they are, gated MLPs by one for both factors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torch_paged.compile import projections
+
+from .lowered import Lowered
+
+ROWS = 100
+
+
+@pytest.fixture(autouse=True)
+def _as_fast_at_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever CPU this is."""
+    monkeypatch.setattr(projections, "most_rows", lambda dtype: sys.maxsize)
+
+
+class Gated(nn.Module):
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor], bias: bool = False, width: int = 40) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(24, 40, bias=bias), nn.Linear(24, width, bias=bias)
+        self.down = nn.Linear(40, 24, bias=bias)
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(self.combine(self.gate(x), self.up(x)))
+        return down
+
+
+def counts(lowered: Lowered) -> dict[str, int]:
+    ops = ("paged.gated_linear", "paged.linear", "paged.packed_linear", "aten.mm", "aten.addmm")
+    return {op: count for op in ops if (count := lowered.count(op))}
+
+
+GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda gate, up: functional.silu(gate) * up,
+    "the other way around": lambda gate, up: up * functional.silu(gate),
+    "module": lambda gate, up: torch.mul(nn.SiLU()(gate), up),
+    "gelu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+}
+OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "exact gelu": lambda gate, up: functional.gelu(gate) * up,
+    "relu": lambda gate, up: functional.relu(gate) * up,
+    "sum": lambda gate, up: functional.silu(gate) + up,
+    "of itself": lambda gate, up: functional.silu(gate) * gate + up,
+    "activated twice": lambda gate, up: functional.silu(gate) * up + functional.silu(gate),
+    "used again": lambda gate, up: functional.silu(gate) * up + up,
+    "product used": lambda gate, up: functional.silu(gate) * (up + 1),
+    "both activated": lambda gate, up: functional.silu(gate) * functional.silu(up),
+}
+
+
+def check(model: Gated, lowered: Lowered, dtype: torch.dtype, expected: dict[str, int]) -> None:
+    model = model.to(dtype)
+    x = torch.randn(ROWS, 24, dtype=dtype)
+    with torch.no_grad():
+        actual = torch.compile(model, backend="torch_paged", fullgraph=True)(x)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(actual, model(x), atol=tolerance, rtol=tolerance)
+    assert counts(lowered) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("combine", GATED.values(), ids=GATED)
+def test_gated(combine: Callable[[Tensor, Tensor], Tensor], bias: bool, dtype: torch.dtype, lowered: Lowered) -> None:
+    check(Gated(combine, bias), lowered, dtype, {"paged.gated_linear": 1, "paged.linear": 1})
+
+
+@pytest.mark.parametrize("combine", OTHERS.values(), ids=OTHERS)
+def test_what_is_no_gated_mlp(combine: Callable[[Tensor, Tensor], Tensor], lowered: Lowered) -> None:
+    check(Gated(combine), lowered, torch.float32, {"paged.linear": 3})
+
+
+def test_a_factor_that_is_broadcast(lowered: Lowered) -> None:
+    check(Gated(GATED["silu"], width=1), lowered, torch.float32, {"paged.linear": 3})
+
+
+def test_rows_of_any_shape(lowered: Lowered) -> None:
+    model, x = Gated(GATED["silu"]), torch.randn(4, 30, 24)
+    with torch.no_grad():
+        actual = torch.compile(model, backend="torch_paged", fullgraph=True)(x)
+        torch.testing.assert_close(actual, model(x), atol=1e-5, rtol=1e-5)
+    assert counts(lowered) == {"paged.gated_linear": 1, "paged.linear": 1}
+
+
+def test_any_number_of_rows_by_one_graph(lowered: Lowered) -> None:
+    model = Gated(GATED["silu"])
+    compiled = torch.compile(model, backend="torch_paged", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (ROWS, 300, 2, 77):
+            x = torch.randn(rows, 24)
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert counts(lowered) == {"paged.gated_linear": 1, "paged.linear": 1}
+
+
+def test_weights_are_read_where_they_are(lowered: Lowered) -> None:
+    model, x = Gated(GATED["silu"]), torch.randn(ROWS, 24)
+    compiled = torch.compile(model, backend="torch_paged", fullgraph=True)
+    with torch.no_grad():
+        compiled(x)
+        model.up.weight.data.mul_(2)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert counts(lowered) == {"paged.gated_linear": 1, "paged.linear": 1}
+
+
+@torch.no_grad()
+def test_few_rows_meet_packed_weights(lowered: Lowered) -> None:
+    torch.compile(Gated(GATED["silu"]), backend="torch_paged")(torch.randn(64, 24))
+    assert counts(lowered) == {"paged.packed_linear": 2}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, {"paged.packed_linear": 2}), (torch.float32, {"aten.mm": 3})],
+)
+@torch.no_grad()
+def test_where_the_ops_are_not_faster(
+    dtype: torch.dtype, expected: dict[str, int], lowered: Lowered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projections, "most_rows", lambda dtype: 64)
+    torch.compile(Gated(GATED["silu"]).to(dtype), backend="torch_paged")(torch.randn(ROWS, 24, dtype=dtype))
+    assert counts(lowered) == expected
+
+
+@torch.no_grad()
+def test_off(lowered: Lowered) -> None:
+    options = {"prepack": False}
+    torch.compile(Gated(GATED["silu"]), backend="torch_paged", options=options)(torch.randn(ROWS, 24))
+    assert counts(lowered) == {"aten.mm": 3}
