@@ -136,3 +136,98 @@ def test_off(lowered: Lowered) -> None:
     options = {"prepack": False}
     torch.compile(Gated(GATED["silu"]), backend="torch_paged", options=options)(torch.randn(ROWS, 24))
     assert counts(lowered) == {"aten.mm": 3}
+
+
+class OverChangedInput(nn.Module):
+    """The input is another one for the second layer, or where the product stands."""
+
+    def __init__(self, change: Callable[[Tensor], object], at_the_end: bool) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
+        self.change, self.at_the_end = change, at_the_end
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        gate = self.gate(x)
+        if not self.at_the_end:
+            self.change(x)
+        up = self.up(x)
+        if self.at_the_end:
+            self.change(x)
+        return functional.silu(gate) * up
+
+
+def _set_item(x: Tensor) -> None:
+    x[0] = 3.0
+
+
+def _add(x: Tensor) -> None:
+    x += 1
+
+
+IN_PLACE: dict[str, Callable[[Tensor], object]] = {
+    "method": lambda x: x.mul_(2),
+    "of a view": lambda x: x[:3].zero_(),
+    "item": _set_item,
+    "operator": _add,
+    "out": lambda x: torch.mul(x, 2, out=x),
+    "functional": lambda x: functional.relu(x, inplace=True),
+    "by place": lambda x: functional.relu(x, True),
+    "function": lambda x: torch.relu_(x),
+    "op": lambda x: torch.ops.aten.mul_(x, 2),
+}
+
+
+@pytest.mark.parametrize("rows", [4, ROWS])
+@pytest.mark.parametrize("at_the_end", [False, True])
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+@torch.no_grad()
+def test_an_input_that_is_written_in_place(change: Callable[[Tensor], object], at_the_end: bool, rows: int) -> None:
+    model, x = OverChangedInput(change, at_the_end), torch.randn(rows, 24)
+    compiled = torch.compile(model, backend="torch_paged", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def _strided_weight(model: Gated) -> None:
+    model.up.weight = nn.Parameter(model.up.weight.t().contiguous().t())
+
+
+def _expanded_bias(model: Gated) -> None:
+    model.up.bias = nn.Parameter(torch.randn(1).expand(40))
+
+
+def _strided_bias(model: Gated) -> None:
+    model.gate.bias = nn.Parameter(torch.randn(80)[::2])
+
+
+@pytest.mark.parametrize("change", [_strided_weight, _expanded_bias, _strided_bias])
+@torch.no_grad()
+def test_weights_that_the_ops_do_not_take(change: Callable[[Gated], None]) -> None:
+    """Of a layer that is not the first one of its input."""
+    model, x = Gated(GATED["silu"], bias=True), torch.randn(ROWS, 24)
+    change(model)
+    compiled = torch.compile(model, backend="torch_paged", options={"merge_projections": False})
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_that_are_a_part_of_a_merged_result(lowered: Lowered) -> None:
+    """Merged as their weights are transposed, while the layer behind one of them runs by the op."""
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(24, 16, dtype=torch.bfloat16)) for _ in range(2))
+            self.bias = nn.Parameter(torch.randn(16, dtype=torch.bfloat16))
+            self.last = nn.Linear(16, 8, dtype=torch.bfloat16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            flat = x.view(-1, 24)
+            first = torch.addmm(self.bias, flat, self.a).view(2, -1, 16)
+            last: Tensor = self.last(first)
+            return last + torch.addmm(self.bias, flat, self.b).view(2, -1, 16)[..., :8]
+
+    model, x = Behind(), torch.randn(2, 50, 24, dtype=torch.bfloat16)
+    actual = torch.compile(model, backend="torch_paged", fullgraph=True)(x)
+    torch.testing.assert_close(actual, model(x), atol=0.1, rtol=0.05)
+    assert counts(lowered) == {"paged.linear": 1, "paged.packed_linear": 1}

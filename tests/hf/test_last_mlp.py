@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 import torch_paged
 from torch_paged.hf.packed import packed_call
 
+from .fast_ops import rows_of_calls
 from .models import CONFIGS, assert_same_tokens, batch, generate, sharpen, tiny, twin
 
 
@@ -56,10 +57,10 @@ def test_tokens_are_those_of_stock(name: str, fast: bool) -> None:
     inputs = batch([5, 9, 40])
     expected = generate(model, inputs, max_new_tokens=3, eos_token_id=None)
     other = twin(model)
-    with torch_paged.paged(other, fast_layers=fast), rows_of_mlps(other) as rows:
+    counted = rows_of_calls("gated_linear") if fast else rows_of_mlps(other)
+    with torch_paged.paged(other, fast_layers=fast), counted as rows:
         actual = generate(other, inputs, max_new_tokens=3, eos_token_id=None)
-    if not fast:
-        assert rows == [54, 54, 3] + 2 * [3, 3, 3]
+    assert rows == [54, 54, 3] + 2 * [3, 3, 3]
     assert_same_tokens(model, expected, actual, inputs)
 
 
@@ -128,7 +129,7 @@ def test_packed_call() -> None:
         expected = model(tokens[None]).logits[0]
         torch_paged.patch(model)
         num_tokens = torch.tensor([9]).numpy()
-        for asked in ([8], [0, 3, 8], [8, 2, 2], list(range(9)), []):
+        for asked in ([8], [0, 3, 8], [8, 2, 2], [-1], [0, -2], list(range(9)), []):
             cache = torch_paged.PagedCache(model.config)
             actual = packed_call(model, cache, num_tokens, tokens, logits_to_keep=torch.tensor(asked, dtype=torch.long))
             torch.testing.assert_close(actual.logits[0], expected[asked], rtol=1e-4, atol=1e-5)
@@ -188,6 +189,41 @@ def _shared(model: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
+def _trained(model: PreTrainedModel) -> dict[str, Any]:
+    """What draws for each token, as dropout does, draws as often as in stock."""
+    model.model.layers[-1].mlp.train()
+    return {}
+
+
+def _own_projection(model: PreTrainedModel) -> dict[str, Any]:
+    """One that looks at its input, or at other tokens."""
+
+    class Own(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input - input.mean())
+
+    model.model.layers[-1].mlp.gate_proj.__class__ = Own
+    return {}
+
+
+def _own_norm(model: PreTrainedModel) -> dict[str, Any]:
+    class Own(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor) -> Any:
+            return super().forward(hidden_states)
+
+    model.model.norm.__class__ = Own
+    return {}
+
+
+def _own_call(model: PreTrainedModel) -> dict[str, Any]:
+    class Own(LlamaForCausalLM):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    model.__class__ = Own
+    return {}
+
+
 CHANGES: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "hidden states": _hidden_states,
     "hidden states by config": _hidden_states_by_config,
@@ -200,6 +236,10 @@ CHANGES: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "own class": _own_class,
     "own layer": _own_layer,
     "shared": _shared,
+    "training": _trained,
+    "own projection": _own_projection,
+    "own norm": _own_norm,
+    "own call": _own_call,
 }
 
 
@@ -232,6 +272,64 @@ def test_a_hook_of_other_layers_changes_nothing() -> None:
     with torch_paged.paged(model, **KNOBS), rows_of_mlps(model) as rows:
         generate(model, batch([5, 9]), max_new_tokens=1)
     assert rows == [14, 14, 2] and seen == [14]
+
+
+def test_hooks_that_transformers_has_left_change_nothing() -> None:
+    model = tiny("llama")
+    inputs = batch([5, 9])
+    with torch_paged.paged(model, **KNOBS), rows_of_mlps(model) as rows:
+        generate(model, inputs, max_new_tokens=1, output_hidden_states=True, return_dict_in_generate=True)
+        assert rows == [14, 14, 14]
+        generate(model, inputs, max_new_tokens=1)
+    assert rows[3:] == [14, 14, 2]
+
+
+def test_outputs_that_a_class_records() -> None:
+    """transformers hooks their modules within the call."""
+    model = tiny("llama")
+    ids = batch([9])["input_ids"]
+    model.model._can_record_outputs = {**type(model.model)._can_record_outputs, "mlps": type(model.model.layers[0].mlp)}
+    with torch_paged.paged(model, **KNOBS), rows_of_mlps(model) as rows, torch.no_grad():
+        cache = torch_paged.PagedCache(model.config, **KNOBS)
+        model(ids, past_key_values=cache, logits_to_keep=1, output_mlps=True)
+    assert rows == [9, 9, 9]
+
+
+def test_an_earlier_call_from_a_hook_runs_for_all() -> None:
+    model = tiny("llama")
+    x, results = torch.linspace(-1, 1, 9 * 64).view(1, 9, 64), list[torch.Tensor]()
+    mlp = model.model.layers[-1].mlp
+    with torch.no_grad():
+        expected = mlp(x)
+        with torch_paged.paged(model):
+            handle = model.model.layers[0].register_forward_hook(lambda *given: results.append(mlp(x)) or None)
+            model(batch([9])["input_ids"], past_key_values=torch_paged.PagedCache(model.config), logits_to_keep=1)
+            handle.remove()
+    torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_asks_for_all_logits() -> None:
+    model = tiny("llama")
+    ids = batch([9])["input_ids"]
+
+    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"logits_to_keep": 0}
+
+    with torch.no_grad():
+        expected = model(ids).logits
+        with torch_paged.paged(model):
+            handle = model.register_forward_pre_hook(ask, with_kwargs=True)
+            cache = torch_paged.PagedCache(model.config)
+            actual = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            handle.remove()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_off_with_rows_as_in_stock() -> None:
+    model = tiny("llama")
+    with torch_paged.paged(model, pack_rows=False, **KNOBS), rows_of_mlps(model) as rows:
+        generate(model, batch([9]), max_new_tokens=1)
+    assert rows == [9, 9, 9]
 
 
 def test_a_later_call_of_the_same_mlp_runs_for_all() -> None:

@@ -12,11 +12,14 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GlmConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GlmConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import torch_paged
+from torch_paged.hf.announce import announced
+from torch_paged.hf.call import Call
 from torch_paged.hf.implementation import NAME
+from torch_paged.hf.layer import PagedLayer
 
 from .counting import count_calls
 from .fast_ops import rows_of_calls
@@ -140,9 +143,22 @@ def _own_attention(model: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("change", [_knob, _own_forward, _compiled, _own_linear, _own_attention])
+def _own_norm(model: PreTrainedModel) -> dict[str, Any]:
+    """It sees rows, columns, heads and their elements, as in stock."""
+
+    class Own(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows, columns, heads, size = x.shape
+            return x / (1 + x.abs().mean((2, 3), keepdim=True))
+
+    for attention in attentions(model):
+        attention.q_norm = Own()
+    return {}
+
+
+@pytest.mark.parametrize("change", [_knob, _own_forward, _compiled, _own_linear, _own_attention, _own_norm])
 def test_others_run_by_pytorch(change: Callable[[PreTrainedModel], dict[str, Any]]) -> None:
-    model = tiny("llama")
+    model = tiny("qwen3" if change is _own_norm else "llama")
     knobs = change(model)
     inputs = batch([5, 9, 2])
     expected = generate(model, inputs)
@@ -313,3 +329,84 @@ def test_other_caches_are_filled_by_pytorch() -> None:
     assert rows == [18] * LAYERS + [2] * LAYERS
     visible = inputs["attention_mask"].bool()
     torch.testing.assert_close(inner[0][visible], expected[visible], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("owner", ["cache", "layer", "class of caches", "class of layers"])
+def test_a_replaced_update_is_the_one_that_runs(owner: str) -> None:
+    """As of code that records or compresses what is stored."""
+    model = tiny("llama")
+    torch_paged.patch(model)
+    cache = torch_paged.PagedCache(model.config)
+    of = {"cache": cache, "layer": cache.layers[1], "class of caches": Cache, "class of layers": PagedLayer}[owner]
+    update, calls = of.update, list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return update(*args, **kwargs)
+
+    with mock.patch.object(of, "update", counted), rows_of_calls("qkv_linear") as rows, torch.no_grad():
+        model(**batch([5]), past_key_values=cache)
+    assert len(calls) == (1 if owner == "layer" else LAYERS)
+    assert len(rows) == LAYERS - len(calls)
+
+
+def test_angles_that_are_not_contiguous() -> None:
+    model = tiny("llama")
+    inputs = batch([5, 9])
+    expected = generate(model, inputs)
+    rotary = model.model.rotary_emb
+    plain = rotary.forward
+
+    def strided(*args: Any, **kwargs: Any) -> Any:
+        return tuple(angle.mT.contiguous().mT for angle in plain(*args, **kwargs))
+
+    rotary.forward = strided
+    with torch_paged.paged(model), rows_of_calls("qkv_linear") as rows:
+        actual = generate(model, inputs)
+    assert rows
+    assert_same_tokens(model, expected, actual, inputs)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "module", "how", "rows", "layer", "step", "width"])
+def test_arguments_of_any_name_reach_the_attention_function(name: str) -> None:
+    model = tiny("llama")
+    ids = batch([9])["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch_paged.patch(model)
+        actual = model(ids, past_key_values=torch_paged.PagedCache(model.config), **{name: None}).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_in_two_layers_ends_as_without_the_ops() -> None:
+    """Which store in one layer of the cache, twice in a pass."""
+    model = tiny("llama")
+    model.model.layers[2].self_attn = model.model.layers[0].self_attn
+    ids = batch([9])["input_ids"]
+    ends = []
+    for fast in (False, True):
+        with torch_paged.paged(model, fast_layers=fast), torch.no_grad():
+            try:
+                ends.append(model(ids, past_key_values=torch_paged.PagedCache(model.config, fast_layers=fast)).logits)
+            except Exception as error:
+                ends.append(type(error))
+    without, with_ops = ends
+    if isinstance(without, torch.Tensor):
+        torch.testing.assert_close(with_ops, without, rtol=1e-4, atol=1e-5)
+    else:
+        assert with_ops is without
+
+
+def test_a_cache_of_another_dtype_is_for_update() -> None:
+    """Which an earlier call under autocast has filled."""
+    cache = torch_paged.PagedCache(tiny("llama").config)
+    key = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16)
+    cache.update(key, key, 0)
+    call = Call(1, 2, native=True)
+    rows, angles = torch.zeros(2, 2, 16), torch.zeros(2, 16)
+    with announced(cache, call):
+        layer = cache.layers[0]
+        assert layer.rotate_and_update(rows, rows, rows, angles, angles, 2) is None
+        assert layer.columns == 3
+        layer.update(*[rows.view(1, 2, 2, 16).transpose(1, 2)] * 2)
+    assert layer.columns == cache.get_seq_length() == 5

@@ -5,14 +5,27 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.nn import functional
 
 linear = torch._C._nn.linear
 _PRODUCTS = (operator.mul, torch.mul)
+_WRITES = (
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+)  # fmt: skip
+# `inplace` may be given by its place.
+_INPLACE_BY_PLACE = tuple(
+    function
+    for function in vars(functional).values()
+    if isinstance(function, FunctionType) and "inplace" in signature(function).parameters
+)
 _paged = torch.ops.paged
 
 
@@ -42,6 +55,36 @@ class Layer:
         return int(value_of(self.weight).shape[1 if self.transposed else 0])
 
 
+def epochs(graph: Graph) -> dict[Node, int]:
+    """Return how many nodes before each one may have written tensors in place, other than our ops, which write caches.
+
+    Layers of one input are together only where it was the same for all.
+    """
+    found: dict[Node, int] = {}
+    writes = 0
+    for node in graph.nodes:
+        found[node] = writes
+        writes += _writes_in_place(node)
+    return found
+
+
+def _writes_in_place(node: Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, OpOverload):
+        return node.target.namespace != "paged" and node.target._schema.is_mutable
+    return (
+        node.target in _WRITES
+        or (name.endswith("_") and not name.endswith("__"))
+        or bool(node.kwargs.get("inplace"))
+        or node.kwargs.get("out") is not None
+        or any(argument is True for argument in node.args[1:] if node.target in _INPLACE_BY_PLACE)
+    )
+
+
 def run_by_ops(graph: Graph, layers: Sequence[Layer]) -> int:
     """Replace layers that share an input: a gate and what it is multiplied with by `gated_linear`, others by `linear`.
 
@@ -49,19 +92,30 @@ def run_by_ops(graph: Graph, layers: Sequence[Layer]) -> int:
         how many were replaced.
     """
     left = {layer.node: layer for layer in layers}
+    when = epochs(graph)
     for gate in layers:
         product, activation = _gated(gate)
         other = left.get(_other_factor(product, gate)) if product is not None else None
         if product is None or other is None or len(other.node.users) > 1 or other.out_features != gate.out_features:
             continue
-        arguments = (gate.rows, gate.weight, other.weight, gate.bias, other.bias, activation)
+        if when[product] != when[gate.node]:
+            continue
+        arguments = (
+            _contiguous(graph, product, gate.rows),
+            gate.weight,
+            other.weight,
+            gate.bias,
+            other.bias,
+            activation,
+        )
         _replace(graph, product, _paged.gated_linear.default, arguments)
         activated = _only_user(gate.node)
         graph.erase_node(activated)
         for layer in (gate, other):
             graph.erase_node(left.pop(layer.node).node)
     for layer in left.values():
-        _replace(graph, layer.node, _paged.linear.default, (layer.rows, layer.weight, layer.bias))
+        rows = _contiguous(graph, layer.node, layer.rows)
+        _replace(graph, layer.node, _paged.linear.default, (rows, layer.weight, layer.bias))
     return len(layers)
 
 
@@ -95,6 +149,14 @@ def _activation(node: Node) -> str:
 
 def _only_user(node: Node | None) -> Any:
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
+
+
+def _contiguous(graph: Graph, before: Node, rows: Any) -> Node:
+    """Rows as the ops take them: what a merged layer is split into is not contiguous."""
+    with graph.inserting_before(before):
+        contiguous = graph.call_method("contiguous", (rows,))
+    contiguous.meta["example_value"] = value_of(rows)
+    return contiguous
 
 
 def _replace(graph: Graph, node: Node, op: Any, arguments: tuple[Any, ...]) -> None:

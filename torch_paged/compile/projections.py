@@ -14,16 +14,16 @@ from torch.fx import Graph, GraphModule, Node
 
 from torch_paged.compile.frozen import Derived
 from torch_paged.compile.graph_copy import copied
-from torch_paged.compile.layers import Layer, linear, run_by_ops, value_of
+from torch_paged.compile.layers import Layer, epochs, linear, run_by_ops, value_of
 from torch_paged.compile.options import CompileOptions
 from torch_paged.ops import pack_linear_weight
 from torch_paged.ops._most_rows import most_rows
 
 _log = logging.getLogger("torch_paged.compile")
 
-# Packed weights are for few rows. In float32, MKL is the faster one from about here on; in bfloat16 packed_linear is at
-# any size (2 threads of a 4th generation Xeon, 896 x 4,864: 276 against 216 GFLOP/s in float32 at 128 rows, 152 against
-# 250 in bfloat16), where `linear` is not.
+# Packed weights are for few rows. With more, `linear` does as well without them where it is fast. Elsewhere MKL is the
+# faster one in float32, and packed_linear in bfloat16 (2 threads of a 4th generation Xeon, 896 x 4,864, 128 rows: 276
+# against 216 GFLOP/s in float32, 152 against 250 in bfloat16).
 _MAX_FEW_ROWS = 64
 
 
@@ -40,7 +40,7 @@ def freeze_projections(
     derived: list[Derived] = []
     merged = packed = by_ops = 0
     for layers in _sharing_an_input(graph.graph, places, inputs):
-        if options.prepack and _has_many_rows(layers[0], inputs[places[layers[0].weight]]):
+        if options.prepack and _has_many_rows(layers, places, inputs):
             by_ops += run_by_ops(graph.graph, layers)
             continue
         for group in [layers] if options.merge_projections else [[layer] for layer in layers]:
@@ -86,6 +86,7 @@ def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[An
     if torch.is_grad_enabled() or _autocasts(graph):
         return []
     groups: dict[Any, list[Layer]] = defaultdict(list)
+    when = epochs(graph)
     for layer in filter(None, map(_layer, graph.nodes)):
         if not _is_frozen(layer.weight, places, inputs):
             continue
@@ -96,7 +97,8 @@ def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[An
             continue
         if layer.bias is not None and value_of(layer.bias).shape != (layer.out_features,):
             continue
-        groups[layer.rows, weight.dtype, weight.device, layer.bias is None, layer.transposed].append(layer)
+        kind = (weight.dtype, weight.device, layer.bias is None, layer.transposed)
+        groups[layer.rows, when[layer.node], kind].append(layer)
     return [group for group in groups.values() if _splits(group)] + [
         [layer] for group in groups.values() if not _splits(group) for layer in group
     ]
@@ -148,11 +150,13 @@ def _packs(layer: Layer, weight: Tensor) -> bool:
     return weight.dtype != torch.float32 or _num_rows(layer) <= _MAX_FEW_ROWS
 
 
-def _has_many_rows(layer: Layer, weight: Tensor) -> bool:
-    """Whether a layer is of a prefill, and ops of ours run it faster than PyTorch over its weight as it is."""
-    on_cpu = weight.device.type == "cpu" and weight.is_contiguous() and not layer.transposed
-    rows = _num_rows(layer)
-    return on_cpu and _MAX_FEW_ROWS < rows <= most_rows(weight.dtype) and value_of(layer.rows).is_contiguous()
+def _has_many_rows(layers: Sequence[Layer], places: dict[Node, int], inputs: Sequence[Any]) -> bool:
+    """Whether layers are of a prefill, and ops of ours run them faster than PyTorch over their weights as they are."""
+    first = layers[0]
+    weights = [inputs[places[node]] for layer in layers for node in (layer.weight, layer.bias) if node is not None]
+    if first.transposed or not all(each.device.type == "cpu" and each.is_contiguous() for each in weights):
+        return False
+    return _MAX_FEW_ROWS < _num_rows(first) <= most_rows(weights[0].dtype)
 
 
 def _merges(layer: Layer, weight: Tensor) -> bool:

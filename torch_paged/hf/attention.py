@@ -56,6 +56,7 @@ def attend_rows(
     attention_mask: Tensor | None,
     scaling: float | None,
     dropout: float,
+    /,
     **kwargs: Any,
 ) -> Tensor:
     """`paged_attention` in a native call, of queries as rows over what `layer` has stored in the pass of `step`.
@@ -149,9 +150,7 @@ def _attend(
     assert call is not None
     if layer.sliding_window and layer.sliding_window not in call.windows:
         raise NeedsOwnAttention(f"the cache of {type(module).__name__} has a window, which its mask does not have")
-    rows = queries
-    if rows.dtype != layer.dtype:
-        rows = rows.to(layer.dtype)
+    rows = queries if queries.dtype == layer.dtype else queries.to(layer.dtype)
     if step.query_rows is not None:
         rows = rows[step.query_rows]
 

@@ -20,11 +20,11 @@ class Known:
     """What differs from module to module.
 
     Attributes:
-        window: of a module, None where it does not say.
+        window: of a module; None where modules do not say, and arguments of the model may.
         norms: queries and keys are normalized head by head, by `q_norm` and `k_norm`.
     """
 
-    window: Callable[[Any], int | None]
+    window: Callable[[Any], int | None] | None
     norms: bool = False
 
 
@@ -234,10 +234,6 @@ def _qwen3(
     return attn_output, attn_weights
 
 
-def _no_window(module: Any) -> int | None:
-    return None
-
-
 def _own_window(module: Any) -> int | None:
     window: int | None = module.sliding_window
     return window
@@ -248,7 +244,7 @@ def _window_of_config(module: Any) -> int | None:
 
 
 _KNOWN = (
-    (_llama, Known(_no_window)),
+    (_llama, Known(None)),
     (_qwen2, Known(_own_window)),
     (_mistral, Known(_window_of_config)),
     (_qwen3, Known(_own_window, norms=True)),

@@ -119,7 +119,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             query, key, value: `[batch * width, heads, head_dim]`, no graph recorded.
             cos, sin: `[batch * width, rotary_dim]`.
 
-        Returns: the query rotated; None where the cache has another dtype than K: it is not stored.
+        Returns: the query rotated; None where `update` is to store K and V after all: the cache has another dtype, or
+            this is no part of the native pass that was announced.
 
         Raises: what `update` raises.
         """
@@ -130,7 +131,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self._begin(*(rows.reshape(batch, width, *rows.shape[1:]).transpose(1, 2) for rows in (key, value)))
         call, group = self.state.call, self.group
         assert call is not None and group is not None and group.step is not None
-        if key.dtype != self.dtype:
+        if key.dtype != self.dtype or not call.native:
             return None
         slots = group.step.slot_mapping
         rotated: Tensor = _rope_and_cache(query, key, value, cos, sin, self.key_cache, self.value_cache, slots)

@@ -299,7 +299,7 @@ def _paged_call(
             if compiles and call.width == 1 and cache.state.columns.count and is_plain(named):
                 return run_decode_step(run, cache, call, named)
             return run_unpadded(run, cache, call, named)
-        with announced(cache, call), runs_for_last_columns(base, model, call, named):
+        with announced(cache, call), runs_for_last_columns(base, model, cache, call, named):
             return run(*args, **kwargs)
     except NeedsOwnAttention as needs:
         cache.refuse(str(needs))

@@ -29,11 +29,16 @@ def fast_class(stock: Any) -> Any:
     return kept_with(stock, _fast_norm) if same_code(own_forward(stock), _llama) else None
 
 
+def is_fast(module: nn.Module) -> bool:
+    """Whether this is a norm of a class that knows `rms_norm`."""
+    return getattr(type(module), "is_fast_norm", False)
+
+
 def _fast_norm(stock: Any) -> Any:
     known = stock.forward
 
     class RMSNorm(stock):  # type: ignore[misc]
-        is_fast_layer = True
+        is_fast_layer = is_fast_norm = True
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if current.fast_layers and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():

@@ -18,6 +18,7 @@ from torch_paged.hf.implementation import NAME
 from torch_paged.hf.known_attention import Known, known, rotation
 from torch_paged.hf.layer import PagedLayer
 from torch_paged.hf.linear import is_fast, is_faster
+from torch_paged.hf.rms_norm import is_fast as is_fast_norm
 
 _qkv_linear = torch.ops.paged.qkv_linear.default
 
@@ -51,6 +52,7 @@ def _fast_attention(stock: Any, how: Known) -> Any:
 def _attention(
     module: Any,
     how: Known,
+    /,
     hidden_states: Any = None,
     position_embeddings: Any = None,
     attention_mask: Any = None,
@@ -80,10 +82,12 @@ def _attention(
     if rotated is None:
         return None
     assert layer.group is not None and layer.group.step is not None
-    out = attend_rows(
-        module, rotated, layer, layer.group.step, attention_mask, module.scaling,
-        0.0 if not module.training else module.attention_dropout, sliding_window=how.window(module), **kwargs,
-    )  # fmt: skip
+    dropout = module.attention_dropout if module.training else 0.0
+    given = (module, rotated, layer, layer.group.step, attention_mask, module.scaling, dropout)
+    if how.window is None:
+        out = attend_rows(*given, **kwargs)
+    else:
+        out = attend_rows(*given, sliding_window=how.window(module), **kwargs)
     return out.view(batch, width, -1)
 
 
@@ -97,20 +101,25 @@ def _layer(module: Any, cache: Any) -> PagedLayer | None:
         return None
     layers, at = cache.layers, module.layer_idx
     layer = layers[at] if isinstance(at, int) and 0 <= at < len(layers) else None
-    return layer if type(layer) is PagedLayer else None
+    # Somebody may have replaced the method that sees keys and values.
+    if type(layer) is not PagedLayer or (PagedCache.update, PagedLayer.update) != _UPDATES:
+        return None
+    return None if "update" in vars(cache) or "update" in vars(layer) else layer
 
 
 def _is_faster(module: Any, how: Known, hidden_states: Any) -> bool:
     """Whether the ops are faster than what PyTorch would run, and nobody looks at what is between them."""
     inner: list[nn.Module] = [module.q_proj, module.k_proj, module.v_proj]
+    norms: list[nn.Module] = [module.q_norm, module.k_norm] if how.norms else []
     return (
-        all(is_fast(each) and type(each.weight) is nn.Parameter and not is_watched(each) for each in inner)
+        all(is_fast(each) and type(each.weight) is nn.Parameter for each in inner)
+        and all(is_fast_norm(each) for each in norms)
+        and not any(is_watched(each) for each in (*inner, *norms))
         and not nn_module._global_forward_hooks
         and not nn_module._global_forward_pre_hooks
         and is_faster(inner[0], hidden_states)
         and hidden_states.dim() == 3
         and hidden_states.is_contiguous()
-        and not (how.norms and (is_watched(module.q_norm) or is_watched(module.k_norm)))
     )
 
 
@@ -127,5 +136,9 @@ def _angles(embeddings: Any, hidden_states: Tensor, head_dim: int) -> tuple[Tens
             angle = angle.expand(batch, width, head_dim)
         if angle.shape != (batch, width, head_dim):
             return None
-        rows.append(angle.reshape(batch * width, head_dim))
+        angle = angle.reshape(batch * width, head_dim)
+        rows.append(angle if angle.stride(1) == 1 else angle.contiguous())
     return rows[0], rows[1]
+
+
+_UPDATES = PagedCache.update, PagedLayer.update
