@@ -94,6 +94,7 @@ def test_says_what_fired(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "torch_paged.compile"), torch.no_grad():
         torch.compile(model, backend="torch_paged")(torch.tensor([[1]]), model.new_caches(), Step([1]))
     assert [record.message for record in caplog.records] == [
+        "0 nodes compute chosen tokens alone",
         "10 linear layers merged with others, 15 packed, 0 of many rows by ops",
         "2 rotary embeddings fused into cache writes",
     ]

@@ -60,3 +60,19 @@ def test_what_fires(
     assert not torch.equal(changed, actual)
     assert_same_tokens(stock, generate(stock, PROMPTS), changed, prompt=PROMPTS)
     assert messages(caplog) == [] and handle.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "mixtral"])
+def test_prefills_choose_tokens_before_the_last_mlp(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The first one runs uncompiled; decode steps have no others than those that are chosen."""
+    model = tiny_causal(name, num_hidden_layers=2)
+    stock = twin(model)
+    torch_paged.patch(model, compile=True, block_size=4)
+    generate(model, PROMPTS, max_new_tokens=2)
+    caplog.clear()
+    with caplog.at_level("INFO", "torch_paged.compile"):
+        actual = generate(model, PROMPTS)
+    assert_same_tokens(stock, generate(stock, PROMPTS), actual, prompt=PROMPTS)
+    alone = [int(record.message.split()[0]) for record in caplog.records if "chosen tokens" in record.message]
+    # The last norm at least; where the experts of a layer see tokens in other places, no more.
+    assert len(alone) == 1 and alone[0] > (0 if name == "mixtral" else 10)

@@ -1,5 +1,6 @@
 """The backend itself: what `torch.compile(model, backend="torch_paged")` calls with each graph."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, cast
@@ -8,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from torch_paged.compile.chosen_tokens import choose_early
 from torch_paged.compile.cuda_graphs import cuda_graph_settings, is_decode_step
 from torch_paged.compile.frozen import Derived, DerivedInputs
+from torch_paged.compile.graph_copy import copied
 from torch_paged.compile.options import CompileOptions
 from torch_paged.compile.projections import freeze_projections
+
+_log = logging.getLogger("torch_paged.compile")
 
 
 def compile_graph(
@@ -46,7 +51,10 @@ def compile_graph(
     from torch_paged.compile.passes import inductor_passes
 
     options = CompileOptions.of(options)
-    graph, derived = freeze_projections(graph, example_inputs, options)
+    graph = copied(graph)
+    if options.choose_early:
+        _log.info("%d nodes compute chosen tokens alone", choose_early(graph.graph))
+    derived = freeze_projections(graph, example_inputs, options)
     inputs = [*example_inputs, *_as_static(derived, example_inputs)]
     used = _drop_unused(graph, inputs)
     inputs = [inputs[place] for place in used]

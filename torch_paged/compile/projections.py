@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from torch_paged.compile.frozen import Derived
-from torch_paged.compile.graph_copy import copied
 from torch_paged.compile.layers import Layer, epochs, linear, run_by_ops, value_of
 from torch_paged.compile.options import CompileOptions
 from torch_paged.ops import pack_linear_weight
@@ -27,34 +26,32 @@ _log = logging.getLogger("torch_paged.compile")
 _MAX_FEW_ROWS = 64
 
 
-def freeze_projections(
-    graph: GraphModule, inputs: Sequence[Any], options: CompileOptions
-) -> tuple[GraphModule, list[Derived]]:
-    """Rewrite a copy of a graph that Dynamo captured.
+def freeze_projections(module: GraphModule, inputs: Sequence[Any], options: CompileOptions) -> list[Derived]:
+    """Rewrite a graph that Dynamo captured.
 
     Returns:
-        the copy, and what to call it with on top of its inputs, in the order of its new placeholders.
+        what to call it with on top of its inputs, in the order of its new placeholders.
     """
-    graph = copied(graph)
-    places = {node: place for place, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    graph = module.graph
+    places = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
     derived: list[Derived] = []
     merged = packed = by_ops = 0
-    for layers in _sharing_an_input(graph.graph, places, inputs):
+    for layers in _sharing_an_input(graph, places, inputs):
         if options.prepack and _has_many_rows(layers, places, inputs):
-            by_ops += run_by_ops(graph.graph, layers)
+            by_ops += run_by_ops(graph, layers)
             continue
         for group in [layers] if options.merge_projections else [[layer] for layer in layers]:
             weight = inputs[places[group[0].weight]]
             pack = options.prepack and _packs(group[0], weight)
             if not pack and (len(group) == 1 or not _merges(group[0], weight)):
                 continue
-            _replace(graph, group, pack, places, inputs, derived)
+            _replace(module, group, pack, places, inputs, derived)
             merged += len(group) if len(group) > 1 else 0
             packed += len(group) if pack else 0
-    graph.graph.lint()
-    graph.recompile()
+    graph.lint()
+    module.recompile()
     _log.info("%d linear layers merged with others, %d packed, %d of many rows by ops", merged, packed, by_ops)
-    return graph, derived
+    return derived
 
 
 def merged_weights(weights: Sequence[Tensor]) -> Tensor:
