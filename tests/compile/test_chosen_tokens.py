@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -166,3 +167,38 @@ def test_any_number_of_tokens_by_one_graph(lowered: Lowered) -> None:
             torch._dynamo.mark_dynamic(indices, 0)
             torch.testing.assert_close(compiled(x, indices), model(x, indices), atol=1e-5, rtol=1e-5)
     assert len(lowered.graphs) == 1
+
+
+def _aliased_and_written(x: Tensor, chosen: Tensor) -> Tensor:
+    x = x + 0
+    same = x.float()
+    torch.utils.checkpoint.checkpoint(lambda t: t.add_(1), x, use_reentrant=False)
+    return same[:, chosen]
+
+
+def _bias_of_each_token(x: Tensor, chosen: Tensor) -> Tensor:
+    return functional.linear(x, torch.ones(5, WIDTH), torch.arange(TOKENS * 5.0).view(TOKENS, 5))[:, chosen]
+
+
+def _mapped(x: Tensor, chosen: Tensor) -> Tensor:
+    result: Tensor = torch.vmap(lambda t: (t * 2)[:, chosen])(x[None])
+    return result
+
+
+def _laid_out(x: Tensor, chosen: Tensor) -> Tensor:
+    images = x.view(1, TOKENS, 4, 4).to(memory_format=torch.channels_last) * 2
+    return images[:, chosen].reshape(1, -1)
+
+
+def _of_any_length(x: Tensor, chosen: Tensor) -> Tensor:
+    return (x * 2)[:, chosen]
+
+
+@pytest.mark.parametrize("function", [_aliased_and_written, _bias_of_each_token, _mapped, _laid_out, _of_any_length])
+@torch.no_grad()
+def test_what_is_no_matter_of_one_token(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, chosen = torch.randn(1, TOKENS, WIDTH), CHOSEN.clone()
+    if function is _of_any_length:
+        torch._dynamo.decorators.mark_unbacked(chosen, 0)
+    compiled = torch.compile(function, backend="torch_paged", fullgraph=True)
+    torch.testing.assert_close(compiled(x, chosen), function(x, chosen), atol=1e-5, rtol=1e-5)

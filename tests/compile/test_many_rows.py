@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from torch_paged.compile import projections
 
@@ -165,6 +166,18 @@ def _add(x: Tensor) -> None:
     x += 1
 
 
+def _normalized_rows(x: Tensor) -> None:
+    functional.embedding(torch.tensor([0, 3]), x, max_norm=0.1)
+
+
+def _by_numpy(x: Tensor) -> None:
+    x.numpy()[0] = 1
+
+
+def _in_checkpoint(x: Tensor) -> None:
+    checkpoint(lambda t: t.add_(1), x, use_reentrant=False)
+
+
 IN_PLACE: dict[str, Callable[[Tensor], object]] = {
     "method": lambda x: x.mul_(2),
     "of a view": lambda x: x[:3].zero_(),
@@ -175,6 +188,11 @@ IN_PLACE: dict[str, Callable[[Tensor], object]] = {
     "by place": lambda x: functional.relu(x, True),
     "function": lambda x: torch.relu_(x),
     "op": lambda x: torch.ops.aten.mul_(x, 2),
+    "overload": lambda x: torch.ops.aten.mul_.Tensor(x, 2),
+    "method of an operator": lambda x: x.__imul__(2),
+    "embedding": _normalized_rows,
+    "numpy": _by_numpy,
+    "checkpoint": _in_checkpoint,
 }
 
 
@@ -231,3 +249,40 @@ def test_rows_that_are_a_part_of_a_merged_result(lowered: Lowered) -> None:
     actual = torch.compile(model, backend="torch_paged", fullgraph=True)(x)
     torch.testing.assert_close(actual, model(x), atol=0.1, rtol=0.05)
     assert counts(lowered) == {"paged.linear": 1, "paged.packed_linear": 1}
+
+
+@pytest.mark.parametrize("rows", [4, ROWS])
+@torch.no_grad()
+def test_a_weight_that_is_written_in_the_graph(rows: int) -> None:
+    def twice(x: Tensor) -> Tensor:
+        first = layer(x)
+        layer.weight.mul_(2)
+        second: Tensor = first + layer(x)
+        return second
+
+    layer, x = nn.Linear(24, 40), torch.randn(rows, 24)
+    weight = layer.weight.clone()
+    expected = twice(x)
+    layer.weight.copy_(weight)
+    torch.testing.assert_close(torch.compile(twice, backend="torch_paged")(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [4, ROWS])
+@torch.no_grad()
+def test_gradients_within_the_graph(rows: int) -> None:
+    layer, x = nn.Linear(24, 40), torch.randn(rows, 24)
+
+    def gradient(x: Tensor) -> Tensor:
+        result: Tensor = torch.func.grad(lambda t: layer(t).square().sum())(x)
+        return result
+
+    compiled = torch.compile(gradient, backend="torch_paged", fullgraph=True)
+    torch.testing.assert_close(compiled(x), gradient(x), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_sizes_that_nobody_knows() -> None:
+    layer, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    compiled = torch.compile(layer, backend="torch_paged", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-5)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn import functional
 
-from torch_paged.compile.layers import epochs, linear, value_of
+from torch_paged.compile.layers import hint, linear, value_of
+from torch_paged.compile.writes import epochs, is_transformed
 
 # Element by element, with what is broadcast over tokens.
 _ELEMENTWISE = {
@@ -32,16 +33,17 @@ def choose_early(graph: Graph) -> int:
     Returns:
         how many nodes compute the chosen tokens alone now.
     """
+    if is_transformed(graph):
+        return 0
     choices = [node for node in graph.find_nodes(op="call_function", target=operator.getitem) if _chooses_few(node)]
     if len(choices) != 1:
         return 0
     (choice,) = choices
     cone = _each_by_itself(graph, choice)
-    chosen: dict[Node, Node] = {}
     for node in cone:
         for source in node.all_input_nodes:
             if source not in cone and _has_tokens(source, choice):
-                node.replace_input_with(source, _chosen(graph, node, source, choice, chosen))
+                node.replace_input_with(source, _chosen(graph, node, source, choice))
         node.meta["example_value"] = _choose(value_of(node), choice)
     if cone:
         choice.replace_all_uses_with(choice.args[0])
@@ -61,7 +63,9 @@ def _chooses_few(node: Node) -> bool:
     places = value_of(indices)
     if not isinstance(value, Tensor) or not isinstance(places, Tensor) or value.dim() < 3:
         return False
-    return places.dim() == 1 and places.dtype == torch.int64 and _hint(places.shape[0]) < _hint(value.shape[_DIM])
+    few, all_of_them = hint(places.shape[0]), hint(value.shape[_DIM])
+    is_list = places.dim() == 1 and places.dtype == torch.int64
+    return is_list and few is not None and all_of_them is not None and few < all_of_them
 
 
 def _each_by_itself(graph: Graph, choice: Node) -> dict[Node, None]:
@@ -82,7 +86,7 @@ def _has_tokens(node: Node, choice: Node) -> bool:
 
 
 def _is_by_itself(node: Node, choice: Node) -> bool:
-    if node.op not in ("call_function", "call_method") or not node.args:
+    if node.op not in ("call_function", "call_method") or not node.args or "memory_format" in node.kwargs:
         return False
     if node.target in _ELEMENTWISE:
         return all(_has_tokens(source, choice) or _is_small(source, 1) for source in node.all_input_nodes)
@@ -91,7 +95,8 @@ def _is_by_itself(node: Node, choice: Node) -> bool:
     if not isinstance(first, Node) or not _has_tokens(first, choice):
         return False
     if node.target is linear:
-        return all(_is_small(source, 2) for source in rest)
+        bias: Any = node.args[2] if len(node.args) > 2 else None
+        return _is_small(node.args[1], 2) and (bias is None or _is_small(bias, 1))
     if node.target in ("mean", torch.mean):
         return _is_over_last(node)
     if node.target is functional.dropout:
@@ -103,7 +108,7 @@ def _is_by_itself(node: Node, choice: Node) -> bool:
     return False
 
 
-def _is_small(node: Node, dims: int) -> bool:
+def _is_small(node: Any, dims: int) -> bool:
     """Whether a node's result has too few dimensions to know of tokens."""
     value = value_of(node)
     return not isinstance(value, Tensor) or value.dim() <= dims
@@ -115,13 +120,12 @@ def _is_over_last(node: Node) -> bool:
     return over in (-1, [-1], (-1,)) and keeps is True
 
 
-def _chosen(graph: Graph, user: Node, source: Node, choice: Node, chosen: dict[Node, Node]) -> Node:
-    if source not in chosen:
-        # Not right behind the source, which something may write between the two.
-        with graph.inserting_before(user):
-            chosen[source] = graph.call_function(operator.getitem, (source, (slice(None), _indices(choice))))
-        chosen[source].meta["example_value"] = _choose(value_of(source), choice)
-    return chosen[source]
+def _chosen(graph: Graph, user: Node, source: Node, choice: Node) -> Node:
+    # Where the user reads it: right behind the source, something may write it before.
+    with graph.inserting_before(user):
+        chosen = graph.call_function(operator.getitem, (source, (slice(None), _indices(choice))))
+    chosen.meta["example_value"] = _choose(value_of(source), choice)
+    return chosen
 
 
 def _choose(value: Tensor, choice: Node) -> Tensor:
@@ -139,7 +143,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return bool(a.node.expr == b.node.expr)
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)

@@ -5,27 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.nn import functional
 
+from torch_paged.compile.writes import epochs
+
 linear = torch._C._nn.linear
 _PRODUCTS = (operator.mul, torch.mul)
-_WRITES = (
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
-    operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
-)  # fmt: skip
-# `inplace` may be given by its place.
-_INPLACE_BY_PLACE = tuple(
-    function
-    for function in vars(functional).values()
-    if isinstance(function, FunctionType) and "inplace" in signature(function).parameters
-)
 _paged = torch.ops.paged
 
 
@@ -53,36 +42,6 @@ class Layer:
     @property
     def out_features(self) -> int:
         return int(value_of(self.weight).shape[1 if self.transposed else 0])
-
-
-def epochs(graph: Graph) -> dict[Node, int]:
-    """Return how many nodes before each one may have written tensors in place, other than our ops, which write caches.
-
-    Layers of one input are together only where it was the same for all.
-    """
-    found: dict[Node, int] = {}
-    writes = 0
-    for node in graph.nodes:
-        found[node] = writes
-        writes += _writes_in_place(node)
-    return found
-
-
-def _writes_in_place(node: Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__") or name == "__setitem__"
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, OpOverload):
-        return node.target.namespace != "paged" and node.target._schema.is_mutable
-    return (
-        node.target in _WRITES
-        or (name.endswith("_") and not name.endswith("__"))
-        or bool(node.kwargs.get("inplace"))
-        or node.kwargs.get("out") is not None
-        or any(argument is True for argument in node.args[1:] if node.target in _INPLACE_BY_PLACE)
-    )
 
 
 def run_by_ops(graph: Graph, layers: Sequence[Layer]) -> int:
@@ -122,6 +81,13 @@ def run_by_ops(graph: Graph, layers: Sequence[Layer]) -> int:
 def value_of(node: Any) -> Any:
     """Return what Dynamo saw there: a fake tensor, or a number."""
     return node.meta.get("example_value")
+
+
+def hint(size: Any) -> int | None:
+    """Return a size, or what it was when the graph was captured; None where nobody knows."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def _gated(layer: Layer) -> tuple[Node | None, str]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from torch_paged.compile.frozen import Derived
-from torch_paged.compile.layers import Layer, epochs, linear, run_by_ops, value_of
+from torch_paged.compile.layers import Layer, hint, linear, run_by_ops, value_of
 from torch_paged.compile.options import CompileOptions
+from torch_paged.compile.writes import epochs, is_transformed, may_write
 from torch_paged.ops import pack_linear_weight
 from torch_paged.ops._most_rows import most_rows
 
@@ -80,7 +81,7 @@ def _together(weights: Sequence[Tensor]) -> Tensor:
 
 def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[Any]) -> list[list[Layer]]:
     """Return linear layers over frozen weights, grouped by what they multiply."""
-    if torch.is_grad_enabled() or _autocasts(graph):
+    if torch.is_grad_enabled() or _autocasts(graph) or is_transformed(graph):
         return []
     groups: dict[Any, list[Layer]] = defaultdict(list)
     when = epochs(graph)
@@ -91,6 +92,8 @@ def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[An
             continue
         value, weight = value_of(layer.rows), inputs[places[layer.weight]]
         if not isinstance(value, Tensor) or value.dtype != weight.dtype or weight.dim() != 2 or value.dim() < 2:
+            continue
+        if any(hint(size) is None for size in value.shape):
             continue
         if layer.bias is not None and value_of(layer.bias).shape != (layer.out_features,):
             continue
@@ -114,7 +117,11 @@ def _layer(node: Node) -> Layer | None:
 
 def _is_frozen(node: Any, places: dict[Node, int], inputs: Sequence[Any]) -> bool:
     """Whether a node is a parameter or buffer of which PyTorch tells when it changes."""
-    if node not in places or not node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
+    if (
+        node not in places
+        or any(map(may_write, node.users))
+        or not node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+    ):
         return False
     tensor = inputs[places[node]]
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() and tensor.layout == torch.strided
@@ -130,12 +137,12 @@ def _splits(group: list[Layer]) -> bool:
     """Whether the parts of a merged result can be viewed as the layers' own results are."""
     width = sum(layer.out_features for layer in group)
     for node in (layer.node for layer in group):
-        sizes = [_hint(size) for size in value_of(node).shape]
+        sizes = [_known(size) for size in value_of(node).shape]
         part = torch.empty(*sizes[:-1], width, device="meta")[..., : sizes[-1]]
         for user in node.users:
             if user.op == "call_method" and user.target == "view":
                 try:
-                    part.view([_hint(size) for size in value_of(user).shape])
+                    part.view([_known(size) for size in value_of(user).shape])
                 except RuntimeError:
                     return False
     return True
@@ -162,7 +169,7 @@ def _merges(layer: Layer, weight: Tensor) -> bool:
 
 
 def _num_rows(layer: Layer) -> int:
-    return math.prod(_hint(size) for size in value_of(layer.rows).shape[:-1])
+    return math.prod(_known(size) for size in value_of(layer.rows).shape[:-1])
 
 
 def _replace(
@@ -223,5 +230,7 @@ def _sizes(graph: Graph, node: Any) -> list[Any]:
     ]
 
 
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+def _known(size: Any) -> int:
+    known = hint(size)
+    assert known is not None
+    return known
