@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.nn import functional
-
-from torch_paged.compile.writes import epochs
 
 linear = torch._C._nn.linear
 _PRODUCTS = (operator.mul, torch.mul)
@@ -44,14 +42,16 @@ class Layer:
         return int(value_of(self.weight).shape[1 if self.transposed else 0])
 
 
-def run_by_ops(graph: Graph, layers: Sequence[Layer]) -> int:
+def run_by_ops(graph: Graph, layers: Sequence[Layer], when: Mapping[Node, int]) -> int:
     """Replace layers that share an input: a gate and what it is multiplied with by `gated_linear`, others by `linear`.
+
+    Args:
+        when: of `writes.epochs`.
 
     Returns:
         how many were replaced.
     """
     left = {layer.node: layer for layer in layers}
-    when = epochs(graph)
     for gate in layers:
         product, activation = _gated(gate)
         other = left.get(_other_factor(product, gate)) if product is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,10 @@ def freeze_projections(module: GraphModule, inputs: Sequence[Any], options: Comp
     places = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
     derived: list[Derived] = []
     merged = packed = by_ops = 0
-    for layers in _sharing_an_input(graph, places, inputs):
+    when = epochs(graph)
+    for layers in _sharing_an_input(graph, when, places, inputs):
         if options.prepack and _has_many_rows(layers, places, inputs):
-            by_ops += run_by_ops(graph, layers)
+            by_ops += run_by_ops(graph, layers, when)
             continue
         for group in [layers] if options.merge_projections else [[layer] for layer in layers]:
             weight = inputs[places[group[0].weight]]
@@ -79,12 +80,13 @@ def _together(weights: Sequence[Tensor]) -> Tensor:
     return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
 
 
-def _sharing_an_input(graph: Graph, places: dict[Node, int], inputs: Sequence[Any]) -> list[list[Layer]]:
+def _sharing_an_input(
+    graph: Graph, when: Mapping[Node, int], places: dict[Node, int], inputs: Sequence[Any]
+) -> list[list[Layer]]:
     """Return linear layers over frozen weights, grouped by what they multiply."""
     if torch.is_grad_enabled() or _autocasts(graph) or is_transformed(graph):
         return []
     groups: dict[Any, list[Layer]] = defaultdict(list)
-    when = epochs(graph)
     for layer in filter(None, map(_layer, graph.nodes)):
         if not _is_frozen(layer.weight, places, inputs):
             continue

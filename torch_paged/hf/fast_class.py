@@ -44,10 +44,14 @@ def may_run(input: Any) -> bool:
     )
 
 
+def runs_otherwise(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own, or is compiled by itself."""
+    return "forward" in vars(module) or module._compiled_call_impl is not None
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody looks at what goes into a module or comes out of it, or computes it in another way."""
-    own = "forward" in vars(module) or module._compiled_call_impl is not None
-    return bool(own or module._forward_hooks or module._forward_pre_hooks)
+    return bool(runs_otherwise(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def attempt(op: Callable[..., Any], *arguments: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from torch_paged.hf.cache import PagedCache
 from torch_paged.hf.call import Call, current
-from torch_paged.hf.fast_class import is_watched
+from torch_paged.hf.fast_class import runs_otherwise
 from torch_paged.hf.known_models import is_known_causal_lm, is_known_layer, is_known_model
 from torch_paged.hf.linear import is_fast as is_fast_linear
 from torch_paged.hf.rms_norm import is_fast as is_fast_norm
@@ -117,8 +117,6 @@ def _asks_for_more(named: dict[str, Any]) -> bool:
 
 def _is_looked_into(module: nn.Module) -> bool:
     """`is_watched`, but by the hooks that transformers has left there since it was asked for hidden states once."""
-    if not is_watched(module):
-        return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    idle = all(getattr(hook, "__module__", "") == "transformers.utils.output_capturing" for hook in hooks)
-    return not idle or "forward" in vars(module) or module._compiled_call_impl is not None
+    others = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+    return runs_otherwise(module) or bool(others)
