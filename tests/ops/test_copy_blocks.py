@@ -68,6 +68,20 @@ def test_matches_reference_and_touches_nothing_else(backend, sample, dtype):
     assert torch.equal(arguments["block_mapping"], mapping)
 
 
+@pytest.mark.parametrize("sizes", [(16, 4, 64), (16, 3, 5)], ids=str)
+@pytest.mark.parametrize("layout", ["hnd", "nhd", "pool_view"])
+def test_large_copies_match_reference(layout, sizes):
+    """Copies of 1 MiB go past the caches of the CPU: runs of whole cache lines, and others."""
+    torch.manual_seed(0)
+    num_pairs = (1 << 20) // (4 * sizes[0] * sizes[1] * sizes[2]) + 1
+    caches = [random_cache(layout, 2 * num_pairs, sizes, torch.float32) for _ in range(2)]
+    expected = [to_device(cache, "cpu") for cache in caches]
+    mapping = torch.randperm(2 * num_pairs).view(-1, 2)
+    reference.copy_blocks(expected[:1], expected[1:], mapping)
+    ops.copy_blocks(caches[:1], caches[1:], mapping)
+    assert all(same_memory(cache, copy) for cache, copy in zip(caches, expected, strict=True))
+
+
 def test_layers_may_differ(backend):
     torch.manual_seed(0)
     caches = [to_device(random_cache("nhd", 6, sizes, torch.float16), backend) for sizes in ((4, 2, 8), (16, 1, 3))]

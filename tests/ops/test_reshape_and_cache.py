@@ -89,6 +89,17 @@ def test_divides_by_scales(backend, scales, layout, dtype):
     assert_matches_reference(arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("layout", ["hnd", "nhd", "pool_view", "k_transposed", "unaligned"])
+def test_large_writes_match_reference(layout, dtype):
+    """Writes of 1 MiB go past the caches of the CPU: rows of whole cache lines, and others."""
+    torch.manual_seed(0)
+    slots = torch.randperm(4096)[:2100]
+    slots[::50] = -1
+    sizes = {"num_blocks": 256, "block_size": 16, "num_kv_heads": 5, "head_dim": 64, "v_head_dim": 56}
+    assert_matches_reference(build(slots.tolist(), **sizes, layout=layout, dtype=dtype))
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_threads_share_the_tokens(num_threads):
     threads = torch.get_num_threads()

@@ -191,7 +191,7 @@ void rotate_tokens(const RopeWrite& write, const int64_t* slot_mapping, int64_t 
                        : rotate_token<T, T>(write, token, slot_mapping[token]);
     }
   });
-  store_tokens(write.value, slot_mapping, begin, end);
+  store_tokens(write.value, slot_mapping, begin, end, false);
 }
 
 }  // namespace paged::PAGED_ISA
