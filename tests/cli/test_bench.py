@@ -2,18 +2,21 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
 from torch_paged.cli.bench import attention_ways, copies, flex, timing
+from torch_paged.cli.bench import bare_read as bare_read_module
 from torch_paged.cli.bench import limits as limits_module
 from torch_paged.cli.bench.attention_ways import Inputs
+from torch_paged.cli.bench.bare_read import bare_read, read_blocks
 from torch_paged.cli.bench.cases import DEFAULT_CASES, Case, Group, parse_case
 from torch_paged.cli.bench.last_level_cache import _from_sysfs, last_level_cache_bytes
-from torch_paged.cli.bench.limits import Limits
-from torch_paged.cli.bench.ops import apart, layers_to_rotate, look_again, require_agreement
+from torch_paged.cli.bench.limits import Probes
+from torch_paged.cli.bench.ops import apart, layers_to_rotate, measure_again, require_agreement
 from torch_paged.cli.bench.ops_result import Result
 from torch_paged.cli.bench.timing import Timing, alternate
 from torch_paged.cli.errors import CommandError
@@ -36,11 +39,13 @@ def test_ops_json(run):
     assert [result["dtype"] for result in report["results"]] == ["float32", "bfloat16"] * 3
     assert report["results"][0]["case"] == "decode 4/2×32 2×1/40"
     assert report["environment"]["torch"] == torch.__version__ and report["seed"] == 0
-    limits = report["limits"]
-    assert limits["read_bytes_per_s"] > 0 and set(limits["multiply_flop_per_s"]) == {"float32", "bfloat16"}
-    assert limits["read_working_set_bytes"] >= 4 * limits["last_level_cache_bytes"]
-    assert [result["limit"] for result in report["results"]] == ["read"] * 2 + ["multiply"] * 4
+    assert report["read_working_set_bytes"] >= 4 * report["last_level_cache_bytes"]
+    assert [result["limited_by"] for result in report["results"]] == ["reading"] * 2 + ["multiplying"] * 4
     for result in report["results"]:
+        bare_read = result["bare_read"]
+        assert result["limit_per_s"] > 0 and (bare_read is not None) == (result["limited_by"] == "reading")
+        if bare_read:
+            assert result["speedup_over_bare_read"] == bare_read["median_s"] / result["paged"]["median_s"]
         assert result["share_of_limit"] is None or 0 < result["share_of_limit"] <= 1
         fastest = min(timing["median_s"] for timing in result["gather_and_sdpa"].values())
         assert result["speedup_over_gather_and_sdpa"] == pytest.approx(fastest / result["paged"]["median_s"])
@@ -53,7 +58,7 @@ def test_ops_table(run):
     )
     assert status == 0
     assert "decode 4/2×32" in out and "1 threads" in out and "rounds 1, seed 0" in out
-    assert "Limits, the best of several probes in this run: read " in out
+    assert "Limits: the median of the best of several probes in the same rounds" in out
 
 
 def test_ops_on_other_pages(run, tmp_path):
@@ -85,7 +90,7 @@ def test_profile_of_steps(run):
     status, out, _ = run("bench", "steps", *shape.split(), *asked.split())
     report = json.loads(out)
     stock, ours = (result["profile"] for result in report["results"])
-    assert status == 0 and report["read_bytes_per_s"] > 0
+    assert status == 0 and stock["read_bytes_per_s"] > 0
 
     def products(profile):
         return {tuple(each["weight"]): each["calls"] for each in profile["products"]}
@@ -185,53 +190,76 @@ def broken(*args, **kwargs):
     raise RuntimeError("no compiler\nand much more")
 
 
-def result(kind, seconds, read_from_memory=True):
+def result(kind, seconds, limit, read_from_memory=True):
     case = Case(kind, 4, 2, 8, (Group(1, 1 if kind == "decode" else 10, 10),))
     timing = Timing(seconds, seconds, seconds)
-    return Result(case, torch.float32, 1, read_from_memory, timing, {"form": timing}, {"form": timing})
+    return Result(case, torch.float32, 1, read_from_memory, limit, timing, {"form": timing}, {"form": timing})
 
 
 def test_share_of_the_limit():
-    limits = Limits()
-    limits.bytes_per_s, limits.flop_per_s = 2560.0, {torch.float32: 14080.0}
     # 10 tokens of 2 heads of 8 in float32, keys and values; 55 visible pairs of 4 heads of 8.
-    assert result("decode", 1).share(limits) == 1280 / 2560
-    assert result("prefill", 1).share(limits) == 4 * 55 * 4 * 8 / 14080
-    assert result("decode", 1, read_from_memory=False).share(limits) is None
-    assert result("prefill", 1, read_from_memory=False).share(limits) == 0.5
+    assert result("decode", 1, 2560.0).share == 1280 / 2560
+    assert result("prefill", 1, 14080.0).share == 4 * 55 * 4 * 8 / 14080
+    assert result("decode", 1, 2560.0, read_from_memory=False).share is None
+    assert result("prefill", 1, 14080.0, read_from_memory=False).share == 0.5
     # Faster than the limit: then it is none.
-    assert result("decode", 0.4).share(limits) is None
-    assert result("decode", 0.4).as_json(limits)["faster_than_limit"]
-    assert not result("decode", 1).as_json(limits)["faster_than_limit"]
+    assert result("decode", 0.4, 2560.0).share is None
+    assert result("decode", 0.4, 2560.0).as_json()["faster_than_limit"]
+    assert not result("decode", 1, 2560.0).as_json()["faster_than_limit"]
+    assert not result("decode", 0.4, 2560.0, read_from_memory=False).as_json()["faster_than_limit"]
 
 
-def test_limits_that_an_op_surpasses_are_probed_again(monkeypatch):
-    limits, probed = Limits(), []
-    limits.bytes_per_s, limits.flop_per_s = 1280.0, {torch.float32: 7040.0}
-
-    def probe_reading(rounds):
-        probed.append("read")
-        limits.bytes_per_s *= 2
-
-    def probe_multiplying(dtype, rounds):
-        probed.append(dtype)
-        limits.flop_per_s[dtype] *= 2
-
-    monkeypatch.setattr(limits, "probe_reading", probe_reading)
-    monkeypatch.setattr(limits, "probe_multiplying", probe_multiplying)
-    look_again([result("decode", 1), result("prefill", 1)], limits, 1)
-    assert probed == []
-    look_again([result("decode", 0.4), result("prefill", 0.6)], limits, 1)
-    assert probed == ["read", torch.float32, "read"]
+@pytest.mark.parametrize(
+    ("seconds", "expected", "times"), [([1, 0.4], 1, 1), ([0.4, 1], 1, 2), ([0.4, 0.3, 0.2, 0.1, 1], 0.1, 4)]
+)
+def test_what_surpasses_its_limit_is_measured_again(seconds, expected, times):
+    results = [result("decode", each, 2560.0) for each in seconds]
+    left = iter(results)
+    assert measure_again(lambda: next(left)).paged.median == expected
+    assert len(list(left)) == len(results) - times
 
 
-def test_limits_learn_the_best_round_of_the_best_probe():
-    limits = Limits()
-    slow, quick = Timing(2.0, 1.0, 3.0), Timing(0.6, 0.5, 9.0)
-    limits.learn({"read sum": slow, "read maximum": quick, "paged": Timing(0.1, 0.1, 0.1)}, torch.float32)
-    limits.learn({"read sum": slow, "multiply float32": quick}, torch.bfloat16)
-    assert limits.bytes_per_s == limits.read_bytes / 0.5
-    assert limits.flop_per_s == {torch.bfloat16: 2 * 64**3 / 0.5}
+def test_a_limit_is_the_median_of_the_best_probe():
+    probes = Probes()
+    slow, quick, ours = Timing(2.0, 0.1, 3.0), Timing(0.5, 0.4, 9.0), Timing(0.1, 0.1, 0.1)
+    assert probes.limit({"read sum": slow, "read maximum": quick, "paged": ours}) == probes.read_bytes / 0.5
+    assert probes.limit({"multiply float32": slow, "multiply bfloat16": quick, "paged": ours}) == 2 * 64**3 / 0.5
+
+
+@pytest.mark.parametrize("size", [(64, 64), (3, 192), (5, 4096 * 3), (1, 64)], ids=str)
+def test_read_blocks_reads_each_block_once(size):
+    torch.manual_seed(0)
+    cache = torch.randint(256, size, dtype=torch.uint8)
+    blocks = torch.randperm(size[0])[: size[0] // 2 + 1]
+    expected = 0
+    for word in cache[blocks].view(torch.int32).flatten().tolist():
+        expected ^= word
+    assert read_blocks(cache, blocks) == expected
+    assert read_blocks(cache, blocks[:0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("cache", "blocks", "message"),
+    [
+        ((4, 32), [1], "cache: size 32 in dimension 1; must be a multiple of 64"),
+        ((4, 64, 1), [1], "cache: shape [4, 64, 1]; must be 2-D [num_blocks, block_bytes]"),
+        ((4, 64), [1, 4], "blocks: value 4 at [1]; must be in [0, 4) (num_blocks)"),
+        ((4, 64), [-1], "blocks: value -1 at [0]; must be in [0, 4) (num_blocks)"),
+    ],
+)
+def test_read_blocks_refuses(cache, blocks, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        read_blocks(torch.zeros(cache, dtype=torch.uint8), torch.tensor(blocks))
+
+
+def test_bare_read_is_of_what_the_sequences_hold(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bare_read_module, "read_blocks", lambda cache, blocks: seen.append(cache[blocks]) or 0)
+    inputs = Inputs.random(MIXED, torch.float32, block_size=4, num_layers=2)
+    bare_read(inputs)(3)
+    table = inputs.block_table
+    for cache, blocks in zip(inputs.caches[1], seen, strict=True):
+        assert torch.equal(blocks.view(torch.float32), cache[table[table >= 0]].transpose(1, 2).flatten(1))
 
 
 def test_last_level_cache_of_the_system(tmp_path):

@@ -1,6 +1,7 @@
-"""What the machine can do at best, reading and multiplying, measured in the same run as what is held against it.
+"""What the machine can do at best, reading and multiplying, measured in the same rounds as what is held against it.
 
-A limit is the best that any probe reached in any round. What a kernel reaches is its median.
+A limit is the median of the best probe, as what a kernel reaches is its median: how fast a virtual machine reads
+changes from minute to minute, by a factor of two on some.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,25 +20,21 @@ ROW = 4096
 Ways = dict[str, Callable[[int], object]]
 
 
-class Limits:
-    """The highest rates seen so far.
+class Probes:
+    """Ways to read and to multiply that the machine has besides ours.
 
     Attributes:
         read_bytes: that a probe reads.
-        bytes_per_s: the best read rate.
-        flop_per_s: per dtype the best rate of a matrix product, in it or in float32: a kernel may convert.
     """
 
     def __init__(self) -> None:
         wanted = max(MIN_READ_BYTES, CACHE_MULTIPLE * last_level_cache_bytes())
         rows = -(-wanted // (4 * ROW))
         self.read_bytes = 4 * rows * ROW
-        self.bytes_per_s = 0.0
-        self.flop_per_s: dict[torch.dtype, float] = {}
         self._rows = torch.ones(rows, ROW)
         self._one_row = torch.ones(ROW)
 
-    def read_probes(self) -> Ways:
+    def reading(self) -> Ways:
         """STREAM-like: each reads the buffer once and writes next to nothing; which is fastest depends on the CPU."""
         half = self._rows.view(torch.bfloat16)
         return {
@@ -48,8 +45,8 @@ class Limits:
             "read matrix-vector": lambda number: torch.mv(self._rows, self._one_row),
         }
 
-    def matmul_probes(self, dtype: torch.dtype) -> Ways:
-        """Square products, by torch.matmul and where there is one by oneDNN's own."""
+    def multiplying(self, dtype: torch.dtype) -> Ways:
+        """Square products in `dtype` and in float32, as a kernel may convert; by torch.matmul and by oneDNN's own."""
         probes: Ways = {}
         for kind in dict.fromkeys((dtype, torch.float32)):
             left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(kind) for _ in range(2))
@@ -59,20 +56,17 @@ class Limits:
             )
         return {name: probe for name, probe in probes.items() if _runs(probe)}
 
-    def learn(self, timings: Mapping[str, Timing], dtype: torch.dtype) -> None:
-        """Take the best round of each probe among the timings."""
-        for name, timing in timings.items():
-            if name.startswith("read "):
-                self.bytes_per_s = max(self.bytes_per_s, self.read_bytes / timing.fastest)
-            elif name.startswith("multiply "):
-                rate = 2 * MATMUL_SIZE**3 / timing.fastest
-                self.flop_per_s[dtype] = max(self.flop_per_s.get(dtype, 0.0), rate)
+    def limit(self, timings: Mapping[str, Timing]) -> float:
+        """The rate of the best probe among the timings, which has one kind of probes: bytes or operations a second."""
+        amounts = {"read": self.read_bytes, "multiply": 2 * MATMUL_SIZE**3}
+        rates = [
+            amounts[kind] / timing.median for name, timing in timings.items() if (kind := name.split()[0]) in amounts
+        ]
+        return max(rates)
 
-    def probe_reading(self, rounds: int) -> None:
-        self.learn(alternate(self.read_probes(), rounds, settling_s=SETTLING_S), torch.float32)
-
-    def probe_multiplying(self, dtype: torch.dtype, rounds: int) -> None:
-        self.learn(alternate(self.matmul_probes(dtype), rounds, settling_s=SETTLING_S), dtype)
+    def read_bytes_per_s(self, rounds: int) -> float:
+        """How fast the machine reads now."""
+        return self.limit(alternate(self.reading(), rounds, settling_s=SETTLING_S))
 
 
 def _runs(probe: Callable[[int], object]) -> bool:

@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch_paged.cli.arguments import DTYPES
 from torch_paged.cli.bench import attention_ways
 from torch_paged.cli.bench.attention_ways import Attention, Inputs
+from torch_paged.cli.bench.bare_read import bare_read
 from torch_paged.cli.bench.cases import DEFAULT_CASES, KINDS, Case, parse_case
 from torch_paged.cli.bench.last_level_cache import last_level_cache_bytes
-from torch_paged.cli.bench.limits import CACHE_MULTIPLE, Limits
-from torch_paged.cli.bench.ops_result import Result, limit_notes, panels, table
+from torch_paged.cli.bench.limits import CACHE_MULTIPLE, Probes
+from torch_paged.cli.bench.ops_result import NOTES, Result, panels, table
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
 from torch_paged.cli.bench.timing import SETTLING_S, alternate
@@ -23,7 +25,7 @@ from torch_paged.cli.report import progress
 MAX_WORKING_SET_BYTES = 2 << 30
 MAX_LAYERS = 128
 LARGE_BLOCK = 128
-# How often the limits are probed again where an op was faster than they.
+# How often a case is measured again whose op was faster than its limit: neighbours of the machine come and go.
 SECOND_LOOKS = 3
 
 
@@ -57,31 +59,25 @@ def run(args: argparse.Namespace) -> int:
     args.dtype = args.dtype or ["float32", "bfloat16"]
     prepare(args)
     cases = args.shape or [case for case in DEFAULT_CASES if not args.only or case.kind in args.only]
-    results, limits = [], Limits()
+    results, probes = [], Probes()
     with progress() as bar:
         task = bar.add_task("bench ops", total=len(cases) * len(args.dtype))
         for case in cases:
             for dtype in args.dtype:
                 bar.update(task, description=f"{case} {dtype}")
-                results.append(measure(case, DTYPES[dtype], args, limits))
+                results.append(measure_again(partial(measure, case, DTYPES[dtype], args, probes)))
                 bar.advance(task)
-        look_again(results, limits, args.rounds)
     settings = {"block_size": args.block_size}
     figures = {
-        "limits": {
-            "read_bytes_per_s": limits.bytes_per_s,
-            "read_working_set_bytes": limits.read_bytes,
-            "last_level_cache_bytes": last_level_cache_bytes(),
-            "multiply_flop_per_s": {str(key).removeprefix("torch."): rate for key, rate in limits.flop_per_s.items()},
-        },
-        "results": [result.as_json(limits) for result in results],
+        "read_working_set_bytes": probes.read_bytes,
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "results": [result.as_json() for result in results],
     }
-    tables, notes = [table(results, limits)], limit_notes(limits)
-    write(Output("ops", settings, figures, tables, notes, panels(results, limits)), args)
+    write(Output("ops", settings, figures, [table(results)], NOTES, panels(results)), args)
     return 0
 
 
-def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, limits: Limits) -> Result:
+def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, probes: Probes) -> Result:
     """Time one case, and what limits it between the same rounds.
 
     Raises:
@@ -103,19 +99,23 @@ def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, limits: Li
         ways["pages in order"] = attention_ways.paged(inputs.repaged(args.block_size, in_order=True))
         ways[f"pages of {LARGE_BLOCK}"] = attention_ways.paged(inputs.repaged(LARGE_BLOCK, in_order=False))
     require_agreement(case, ways, dtype)
-    probes = limits.read_probes() if case.kind == "decode" else limits.matmul_probes(dtype)
-    timings = alternate({**apart(ways, num_layers), **probes}, args.rounds, settling_s=SETTLING_S)
-    limits.learn(timings, dtype)
+    probing = probes.multiplying(dtype)
+    if case.kind == "decode":
+        ways["bare read"] = bare_read(inputs)
+        probing = probes.reading()
+    timings = alternate({**apart(ways, num_layers), **probing}, args.rounds, settling_s=SETTLING_S)
     return Result(
         case=case,
         dtype=dtype,
         num_layers=num_layers,
         read_from_memory=num_layers * case.kv_bytes(dtype) >= CACHE_MULTIPLE * last_level_cache_bytes(),
+        limit=probes.limit(timings),
         paged=timings["paged"],
         gathered={form: timings[f"gather {form}"] for form in forms},
         contiguous={form: timings[f"contiguous {form}"] for form in forms},
         flex=timings.get("flex"),
         pages={name: timing for name, timing in timings.items() if name.startswith("pages ")},
+        bare_read=timings.get("bare read"),
     )
 
 
@@ -128,14 +128,14 @@ def apart(ways: dict[str, Attention], num_layers: int) -> dict[str, Callable[[in
     return {name: shifted(way, place * num_layers // len(ways)) for place, (name, way) in enumerate(ways.items())}
 
 
-def look_again(results: Sequence[Result], limits: Limits, rounds: int) -> None:
-    """Probe the limits that an op surpassed once more: a neighbour may have slowed the probes."""
+def measure_again(measure: Callable[[], Result]) -> Result:
+    """Measure, and once more as long as an op surpasses its limit."""
+    result = measure()
     for _ in range(SECOND_LOOKS):
-        surpassed = [result for result in results if result.raw_share(limits) > 1]
-        if any(result.reads and result.read_from_memory for result in surpassed):
-            limits.probe_reading(rounds)
-        for dtype in dict.fromkeys(result.dtype for result in surpassed if not result.reads):
-            limits.probe_multiplying(dtype, rounds)
+        if not result.surpasses_limit:
+            break
+        result = measure()
+    return result
 
 
 def require_agreement(case: Case, ways: dict[str, Attention], dtype: torch.dtype) -> None:

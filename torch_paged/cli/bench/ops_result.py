@@ -8,7 +8,6 @@ import torch
 from rich.table import Table
 
 from torch_paged.cli.bench.cases import Case
-from torch_paged.cli.bench.limits import Limits
 from torch_paged.cli.bench.plot import Panel
 from torch_paged.cli.bench.timing import Timing
 
@@ -22,22 +21,26 @@ class Result:
         dtype: of queries, keys and values.
         num_layers: caches that the calls rotated over.
         read_from_memory: whether these exceed the last-level cache by far.
+        limit: bytes a second that the machine read in the same rounds, or operations that it multiplied.
         paged: ours.
         gathered: per form of SDPA, with gather_cache before it.
         contiguous: per form, on contiguous keys and values.
         flex: compiled FlexAttention on the same, if asked for.
         pages: the paged op on other pages, if asked for.
+        bare_read: of the same blocks in the same order, where reading bounds the case.
     """
 
     case: Case
     dtype: torch.dtype
     num_layers: int
     read_from_memory: bool
+    limit: float
     paged: Timing
     gathered: dict[str, Timing]
     contiguous: dict[str, Timing]
     flex: Timing | None = None
     pages: dict[str, Timing] = field(default_factory=dict)
+    bare_read: Timing | None = None
 
     @property
     def reads(self) -> bool:
@@ -56,19 +59,28 @@ class Result:
         """How many times as fast as another way the paged op is."""
         return other.median / self.paged.median
 
-    def share(self, limits: Limits) -> float | None:
+    @property
+    def share(self) -> float | None:
         """The part of the machine's limit that the paged op reached; None where none can be told.
 
         That is where the keys and values fit into the cache, or where the op was faster than every probe: then the
         probes did not find the limit, and a share would be nonsense.
         """
-        share = self.raw_share(limits)
-        return share if share <= 1 and (self.read_from_memory or not self.reads) else None
+        return None if self.surpasses_limit or not self._is_limited else self._raw_share
 
-    def raw_share(self, limits: Limits) -> float:
-        return self.bytes_per_s / limits.bytes_per_s if self.reads else self.flop_per_s / limits.flop_per_s[self.dtype]
+    @property
+    def surpasses_limit(self) -> bool:
+        return self._is_limited and self._raw_share > 1
 
-    def as_json(self, limits: Limits) -> dict[str, Any]:
+    @property
+    def _is_limited(self) -> bool:
+        return self.read_from_memory or not self.reads
+
+    @property
+    def _raw_share(self) -> float:
+        return (self.bytes_per_s if self.reads else self.flop_per_s) / self.limit
+
+    def as_json(self) -> dict[str, Any]:
         gathered, contiguous = fastest(self.gathered)[1], fastest(self.contiguous)[1]
         return {
             "case": str(self.case),
@@ -86,9 +98,12 @@ class Result:
             "speedup_over_flex_contiguous": self.over(self.flex) if self.flex else None,
             "kv_bytes_per_s": self.bytes_per_s,
             "flop_per_s": self.flop_per_s,
-            "limit": "read" if self.reads else "multiply",
-            "share_of_limit": self.share(limits),
-            "faster_than_limit": self.raw_share(limits) > 1,
+            "limited_by": "reading" if self.reads else "multiplying",
+            "limit_per_s": self.limit,
+            "share_of_limit": self.share,
+            "faster_than_limit": self.surpasses_limit,
+            "bare_read": self.bare_read.as_json() if self.bare_read else None,
+            "speedup_over_bare_read": self.over(self.bare_read) if self.bare_read else None,
         }
 
 
@@ -100,11 +115,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def table(results: Sequence[Result], limits: Limits) -> Table:
+def table(results: Sequence[Result]) -> Table:
     made = Table(title="Milliseconds of one call: median (fastest–slowest)")
     for header in ("case: heads/kv×dim\ncount×query/context", "dtype"):
         made.add_column(header)
-    headers = ["paged", "rate,\n% of limit"]
+    headers = ["paged", "rate, part\nof the limit"]
+    if any(result.bare_read for result in results):
+        headers.append("part of a\nbare read")
     headers += ["gather + SDPA", "times\nas fast", "SDPA on\ncontiguous KV", "times\nas fast"]
     if any(result.flex for result in results):
         headers += ["FlexAttention,\ncontiguous KV", "times\nas fast"]
@@ -112,14 +129,17 @@ def table(results: Sequence[Result], limits: Limits) -> Table:
     for header in headers + [f"{name},\ntime of paged" for name in pages]:
         made.add_column(header, justify="right", no_wrap=True)
     for result in results:
-        share = result.share(limits)
-        rate = f"{result.bytes_per_s / 1e9:.1f} GB/s" if result.reads else f"{result.flop_per_s / 1e9:.0f} GFLOP/s"
+        rate, limit = result.bytes_per_s if result.reads else result.flop_per_s, result.limit
+        digits, unit = (1, "GB/s") if result.reads else (0, "GFLOP/s")
+        part = "–" if result.share is None else f"{result.share:.0%}"
         cells = [
             str(result.case),
             dtype_name(result.dtype),
             result.paged.as_text(),
-            f"{rate}\n{'–' if share is None else f'{share:.0%}'}",
+            f"{1e-9 * rate:.{digits}f} {unit}\n{part} of {1e-9 * limit:.{digits}f}",
         ]
+        if any(each.bare_read for each in results):
+            cells.append(f"{result.over(result.bare_read):.0%}" if result.bare_read else "")
         for timings in (result.gathered, result.contiguous):
             form, timing = fastest(timings)
             cells += [f"{timing.as_text()}\n{form}", f"{result.over(timing):.2f}"]
@@ -131,17 +151,14 @@ def table(results: Sequence[Result], limits: Limits) -> Table:
     return made
 
 
-def limit_notes(limits: Limits) -> list[str]:
-    """What the percentages are of."""
-    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype_name(dtype)}" for dtype, rate in limits.flop_per_s.items())
-    return [
-        f"Limits, the best of several probes in this run: read {limits.bytes_per_s / 1e9:.1f} GB/s over "
-        f"{limits.read_bytes >> 20} MiB; matrix products {rates or 'not needed'}.",
-        "–: no share, as the keys and values fit into the cache or the op was faster than every probe.",
-    ]
+NOTES = [
+    "Limits: the median of the best of several probes in the same rounds, which read memory in order (decode) or "
+    "multiply matrices. A bare read: of the same blocks in the same order, nothing computed.",
+    "–: no share, as the keys and values fit into the cache or the op was faster than every probe.",
+]
 
 
-def panels(results: Sequence[Result], limits: Limits) -> list[Panel]:
+def panels(results: Sequence[Result]) -> list[Panel]:
     labels = [f"{result.case} {dtype_name(result.dtype)}" for result in results]
     ratios: dict[str, list[float | None]] = {
         "gather + SDPA": [result.over(fastest(result.gathered)[1]) for result in results],
@@ -151,7 +168,7 @@ def panels(results: Sequence[Result], limits: Limits) -> list[Panel]:
         ratios["FlexAttention on contiguous KV"] = [
             result.over(result.flex) if result.flex else None for result in results
         ]
-    shares = [result.share(limits) for result in results]
+    shares = [result.share for result in results]
     bars: dict[str, list[float | None]] = {"paged": [None if share is None else 100 * share for share in shares]}
     return [
         Panel("The paged op, times as fast as", "times", labels, ratios),

@@ -48,6 +48,7 @@ class StepProfile:
         products: matrix products.
         attention: over the cache.
         writes: of torch_paged's ops into the cache.
+        read_bytes_per_s: what the machine read right before.
     """
 
     step: float
@@ -55,6 +56,7 @@ class StepProfile:
     products: list[Product]
     attention: float
     writes: float
+    read_bytes_per_s: float
 
     @property
     def in_products(self) -> float:
@@ -71,30 +73,34 @@ class StepProfile:
         whole = self.step if self.graph is None else self.graph
         return whole - self.in_products - self.attention - self.writes
 
-    def share_at(self, bytes_per_s: float) -> float:
-        """The part of the products' time that is in products which read weights at that rate or faster."""
-        fast = sum(each.calls * each.seconds for each in self.products if each.bytes_per_s >= bytes_per_s)
+    @property
+    def share_fast(self) -> float:
+        """The part of the products' time that is in products which read weights at FAST of that rate or faster."""
+        enough = FAST * self.read_bytes_per_s
+        fast = sum(each.calls * each.seconds for each in self.products if each.bytes_per_s >= enough)
         return fast / self.in_products if self.products else 0.0
 
-    def as_json(self, read_bytes_per_s: float) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "step_s": self.step,
             "products_s": self.in_products,
-            "products_share_fast": self.share_at(FAST * read_bytes_per_s),
+            "products_share_fast": self.share_fast,
             "attention_s": self.attention,
             "writes_s": self.writes,
             "rest_s": self.rest,
             "host_s": self.host,
             "products": [vars(product) for product in self.products],
+            "read_bytes_per_s": self.read_bytes_per_s,
         }
 
 
-def profiled(call: Callable[[], object], steps: int, itemsize: int) -> StepProfile:
+def profiled(call: Callable[[], object], steps: int, itemsize: int, read_bytes_per_s: float) -> StepProfile:
     """Run `steps` steps under PyTorch's profiler.
 
     Args:
         call: a step, warmed up.
         itemsize: bytes of an element of the weights.
+        read_bytes_per_s: what the machine reads now.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         for _ in range(steps):
@@ -117,6 +123,7 @@ def profiled(call: Callable[[], object], steps: int, itemsize: int) -> StepProfi
         ],
         attention=statistics.median(_per_step(_outermost(events, _ATTENTION), spans)),
         writes=statistics.median(_per_step(_outermost(events, _WRITES), spans)),
+        read_bytes_per_s=read_bytes_per_s,
     )
 
 
@@ -145,30 +152,29 @@ def _numel(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def tables(profiles: Sequence[tuple[int, str, StepProfile]], read_bytes_per_s: float) -> list[Table]:
+def tables(profiles: Sequence[tuple[int, str, StepProfile]]) -> list[Table]:
     """The parts of the steps, and their matrix products.
 
     Args:
         profiles: rows, the way and its profile.
-        read_bytes_per_s: the machine's read bandwidth.
     """
     parts = Table(title="Where a step goes under the profiler, milliseconds")
     for header in ("rows", "", "step", "products", f"at {FAST:.0%}\nof reading", "attention", "writes", "rest", "host"):
         parts.add_column(header, justify="right")
-    products = Table(title=f"Matrix products; this machine reads {1e-9 * read_bytes_per_s:.1f} GB/s")
-    for header in ("rows", "", "weight", "a step", "microseconds", "GB/s", "of reading"):
+    products = Table(title="Matrix products")
+    for header in ("rows", "", "weight", "a step", "microseconds", "GB/s", "of reading\nright before"):
         products.add_column(header, justify="right")
     for rows, name, each in profiles:
         spent = (each.attention, each.writes, each.rest)
         parts.add_row(
             str(rows), name, f"{1e3 * each.step:.2f}", f"{1e3 * each.in_products:.2f}",
-            f"{each.share_at(FAST * read_bytes_per_s):.0%}", *(f"{1e3 * seconds:.2f}" for seconds in spent),
+            f"{each.share_fast:.0%}", *(f"{1e3 * seconds:.2f}" for seconds in spent),
             "–" if each.host is None else f"{1e3 * each.host:.2f}",
         )  # fmt: skip
         for product in sorted(each.products, key=lambda product: -product.calls * product.seconds):
             products.add_row(
                 str(rows), name, " x ".join(map(str, product.weight)), str(product.calls),
                 f"{1e6 * product.seconds:.0f}", f"{1e-9 * product.bytes_per_s:.1f}",
-                f"{product.bytes_per_s / read_bytes_per_s:.0%}",
+                f"{product.bytes_per_s / each.read_bytes_per_s:.0%} of {1e-9 * each.read_bytes_per_s:.1f}",
             )  # fmt: skip
     return [parts, products]

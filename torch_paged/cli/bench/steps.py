@@ -8,7 +8,7 @@ from rich.table import Table
 
 from torch_paged.cli.arguments import DTYPES, at_least
 from torch_paged.cli.bench.generate_model import Shape, random_model, with_same_weights
-from torch_paged.cli.bench.limits import Limits
+from torch_paged.cli.bench.limits import Probes
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
 from torch_paged.cli.bench.plot import Panel
@@ -55,9 +55,6 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(header, justify="right")
     results: list[dict[str, Any]] = []
     panels, profiles = [], []
-    limits = Limits()
-    if args.profile:
-        limits.probe_reading(args.rounds)
     with progress() as bar:
         task = bar.add_task("bench steps", total=len(args.batch))
         for rows in args.batch:
@@ -77,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                     }
                 )
                 if name in found:
-                    results[-1]["profile"] = found[name].as_json(limits.bytes_per_s)
+                    results[-1]["profile"] = found[name].as_json()
                     profiles.append((rows, name, found[name]))
             bars: dict[str, list[float | None]] = {"ms": [1e3 * timing.median for timing in timings.values()]}
             panels.append(Panel(f"{rows} rows", "milliseconds", list(timings), bars))
@@ -93,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
     figures: dict[str, Any] = {"results": results}
     shown = [table]
     if args.profile:
-        figures["read_bytes_per_s"] = limits.bytes_per_s
-        shown += tables(profiles, limits.bytes_per_s)
+        shown += tables(profiles)
     write(Output("steps", settings, figures, shown, [note], panels), args)
     return 0
 
@@ -117,8 +113,13 @@ def measure(
             first[WAYS[way]] = call.first()
             calls[WAYS[way]] = call
         timings = alternate(calls, args.rounds, warmup=WARM_UP_STEPS)
-        asked = calls if args.profile else {}
-        found = {name: profiled(call, args.rounds, model.dtype.itemsize) for name, call in asked.items()}
+        if not args.profile:
+            return timings, first, {}
+        probes = Probes()
+        found = {}
+        for name, call in calls.items():
+            read = probes.read_bytes_per_s(args.rounds)
+            found[name] = profiled(call, args.rounds, model.dtype.itemsize, read)
         return timings, first, found
 
 
