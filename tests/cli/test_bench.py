@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.attention import flex_attention as torch_flex
 
 from torch_paged.cli.bench import attention_ways, copies, flex, timing
@@ -17,7 +18,7 @@ from torch_paged.cli.bench.cases import DEFAULT_CASES, Case, Group, parse_case
 from torch_paged.cli.bench.last_level_cache import _from_sysfs, last_level_cache_bytes
 from torch_paged.cli.bench.limits import Probes
 from torch_paged.cli.bench.ops import apart, layers_to_rotate, measure_again, require_agreement
-from torch_paged.cli.bench.ops_result import Result
+from torch_paged.cli.bench.ops_result import Result, table
 from torch_paged.cli.bench.timing import Timing, alternate
 from torch_paged.cli.errors import CommandError
 
@@ -67,7 +68,8 @@ def test_ops_on_other_pages(run, tmp_path):
     status, out, _ = run("bench", "ops", *options, "--json", "--plot", str(tmp_path / "ops.png"))
     decode, prefill = json.loads(out)["results"]
     assert status == 0 and (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
-    assert set(decode["other_pages"]) == {"pages in order", "pages of 128"} and not prefill["other_pages"]
+    for name in ("other_pages", "bare_read_of_other_pages"):
+        assert set(decode[name]) == {"pages in order", "pages of 128"} and not prefill[name]
 
 
 def test_steps(run):
@@ -184,6 +186,20 @@ def test_flex_is_one_more_form(monkeypatch):
     monkeypatch.setattr(flex, "_compiled", lambda: broken)
     with pytest.raises(CommandError, match="--flex: FlexAttention does not compile here: no compiler$"):
         way(0)
+
+
+def test_cost_of_pages():
+    slow, quick = Timing(3.0, 1.0, 9.0), Timing(2.0, 1.0, 9.0)
+    case = Case("decode", 4, 2, 8, (Group(1, 1, 10),))
+    measured = Result(
+        case, torch.float32, 1, True, 1e9, slow, {"form": slow}, {"form": slow},
+        pages={"pages in order": quick}, bare_read=quick, bare_reads={"pages in order": slow},
+    )  # fmt: skip
+    assert measured.cost_over("pages in order") == (3 / 2, 2 / 3)
+    console = Console(width=300)
+    with console.capture() as shown:
+        console.print(table([measured]))
+    assert "1.50x (0.67x)" in shown.get()
 
 
 def broken(*args, **kwargs):

@@ -95,13 +95,16 @@ def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, probes: Pr
         from torch_paged.cli.bench.flex import fresh_form
 
         ways["flex"] = attention_ways.contiguous(inputs, layers, fresh_form())
+    others = {}
     if args.pages and case.kind == "decode":
-        ways["pages in order"] = attention_ways.paged(inputs.repaged(args.block_size, in_order=True))
-        ways[f"pages of {LARGE_BLOCK}"] = attention_ways.paged(inputs.repaged(LARGE_BLOCK, in_order=False))
+        others["pages in order"] = inputs.repaged(args.block_size, in_order=True)
+        others[f"pages of {LARGE_BLOCK}"] = inputs.repaged(LARGE_BLOCK, in_order=False)
+    ways |= {name: attention_ways.paged(other) for name, other in others.items()}
     require_agreement(case, ways, dtype)
     probing = probes.multiplying(dtype)
     if case.kind == "decode":
         ways["bare read"] = bare_read(inputs)
+        ways |= {f"bare read, {name}": bare_read(other) for name, other in others.items()}
         probing = probes.reading()
     timings = alternate({**apart(ways, num_layers), **probing}, args.rounds, settling_s=SETTLING_S)
     return Result(
@@ -114,8 +117,9 @@ def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, probes: Pr
         gathered={form: timings[f"gather {form}"] for form in forms},
         contiguous={form: timings[f"contiguous {form}"] for form in forms},
         flex=timings.get("flex"),
-        pages={name: timing for name, timing in timings.items() if name.startswith("pages ")},
+        pages={name: timings[name] for name in others},
         bare_read=timings.get("bare read"),
+        bare_reads={name: timings[f"bare read, {name}"] for name in others},
     )
 
 

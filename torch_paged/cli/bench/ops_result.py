@@ -28,6 +28,7 @@ class Result:
         flex: compiled FlexAttention on the same, if asked for.
         pages: the paged op on other pages, if asked for.
         bare_read: of the same blocks in the same order, where reading bounds the case.
+        bare_reads: of the other pages.
     """
 
     case: Case
@@ -41,6 +42,7 @@ class Result:
     flex: Timing | None = None
     pages: dict[str, Timing] = field(default_factory=dict)
     bare_read: Timing | None = None
+    bare_reads: dict[str, Timing] = field(default_factory=dict)
 
     @property
     def reads(self) -> bool:
@@ -58,6 +60,11 @@ class Result:
     def over(self, other: Timing) -> float:
         """How many times as fast as another way the paged op is."""
         return other.median / self.paged.median
+
+    def cost_over(self, pages: str) -> tuple[float, float]:
+        """What these pages cost, in times of other ones: attention, and a bare read."""
+        assert self.bare_read is not None
+        return self.paged.median / self.pages[pages].median, self.bare_read.median / self.bare_reads[pages].median
 
     @property
     def share(self) -> float | None:
@@ -103,6 +110,7 @@ class Result:
             "share_of_limit": self.share,
             "faster_than_limit": self.surpasses_limit,
             "bare_read": self.bare_read.as_json() if self.bare_read else None,
+            "bare_read_of_other_pages": {name: timing.as_json() for name, timing in self.bare_reads.items()},
             "speedup_over_bare_read": self.over(self.bare_read) if self.bare_read else None,
         }
 
@@ -126,7 +134,7 @@ def table(results: Sequence[Result]) -> Table:
     if any(result.flex for result in results):
         headers += ["FlexAttention,\ncontiguous KV", "times\nas fast"]
     pages = list(dict.fromkeys(name for result in results for name in result.pages))
-    for header in headers + [f"{name},\ntime of paged" for name in pages]:
+    for header in headers + [f"paged / {name}\n(a bare read)" for name in pages]:
         made.add_column(header, justify="right", no_wrap=True)
     for result in results:
         rate, limit = result.bytes_per_s if result.reads else result.flop_per_s, result.limit
@@ -146,7 +154,7 @@ def table(results: Sequence[Result]) -> Table:
         if result.flex:
             cells += [result.flex.as_text(), f"{result.over(result.flex):.2f}"]
         for name in pages:
-            cells.append(f"{1 / result.over(result.pages[name]):.2f}x" if name in result.pages else "")
+            cells.append("{:.2f}x ({:.2f}x)".format(*result.cost_over(name)) if name in result.pages else "")
         made.add_row(*cells)
     return made
 
