@@ -111,6 +111,17 @@ def test_profile_of_steps(run):
         assert each["bytes_per_s"] == 4 * math.prod(each["weight"]) / each["seconds"]
 
 
+def test_profile_counts_the_fast_layers(run):
+    shape = "--layers 2 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 --vocabulary 211 --dtype bfloat16"
+    asked = "--batch 3 --context 20 --ways dynamic paged --rounds 2 --profile --json"
+    status, out, _ = run("bench", "steps", *shape.split(), *asked.split())
+    stock, ours = (result["profile"]["products"] for result in json.loads(out)["results"])
+    assert status == 0
+    # Whatever is computed by one op, a step reads as many weights.
+    weights = [sum(each["calls"] * math.prod(each["weight"]) for each in products) for products in (stock, ours)]
+    assert weights[0] == weights[1] == 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128) + 211 * 64
+
+
 def test_copies(run, monkeypatch):
     monkeypatch.setattr(copies, "last_level_cache_bytes", lambda: 4096)
     status, out, _ = run(

@@ -15,8 +15,11 @@ FAST = 0.8
 _STEP = "decode step"
 _GRAPH = "## Call CompiledFxGraph"
 _PRODUCTS = (
-    "aten::linear", "aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "paged::packed_linear"
+    "aten::linear", "aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "paged::packed_linear", "paged::linear",
+    "paged::gated_linear", "paged::qkv_linear",
 )  # fmt: skip
+# Arguments that are weights, one below the other, where there are several.
+_WEIGHTS = {"paged::gated_linear": slice(1, 3), "paged::qkv_linear": slice(1, 4)}
 _ATTENTION = ("aten::scaled_dot_product_attention", "paged::attention")
 _WRITES = ("paged::reshape_and_cache", "paged::rope_and_cache")
 
@@ -110,8 +113,7 @@ def profiled(call: Callable[[], object], steps: int, itemsize: int, read_bytes_p
     spans = [event for event in events if event.name == _STEP]
     products: dict[tuple[int, ...], list[float]] = defaultdict(list)
     for event in _outermost(events, _PRODUCTS):
-        weight = max((tuple(shape) for shape in event.input_shapes), key=_numel)
-        products[weight].append(1e-6 * event.cpu_time_total)
+        products[_weight(event)].append(1e-6 * event.cpu_time_total)
     graphs = [event for event in events if event.name.startswith(_GRAPH)]
     return StepProfile(
         step=statistics.median(_per_step(spans, spans)),
@@ -125,6 +127,14 @@ def profiled(call: Callable[[], object], steps: int, itemsize: int, read_bytes_p
         writes=statistics.median(_per_step(_outermost(events, _WRITES), spans)),
         read_bytes_per_s=read_bytes_per_s,
     )
+
+
+def _weight(event: Any) -> tuple[int, ...]:
+    shapes = [tuple(shape) for shape in event.input_shapes]
+    if event.name in _WEIGHTS:
+        weights = shapes[_WEIGHTS[event.name]]
+        return sum(weight[0] for weight in weights), weights[0][1]
+    return max(shapes, key=_numel)
 
 
 def _outermost(events: Sequence[Any], names: Sequence[str]) -> list[Any]:
