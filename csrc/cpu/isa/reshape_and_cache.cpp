@@ -6,8 +6,7 @@
 
 namespace paged::PAGED_ISA {
 
-void store_tokens(const CacheWrite& write, const int64_t* slot_mapping, int64_t begin, int64_t end,
-                  bool streamed) {
+void store_tokens(const CacheWrite& write, const int64_t* slot_mapping, int64_t begin, int64_t end, bool streamed) {
   const bool streams = streamed && !write.scale.data && write.cache.dim_stride == 1;
   with_type(write.element, [&](auto zero) {
     using T = decltype(zero);
