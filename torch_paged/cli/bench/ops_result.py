@@ -124,37 +124,32 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def table(results: Sequence[Result]) -> Table:
-    made = Table(title="Milliseconds of one call: median (fastest–slowest)")
-    for header in ("case: heads/kv×dim\ncount×query/context", "dtype"):
-        made.add_column(header)
-    headers = ["paged", "rate, part\nof the limit"]
-    if any(result.bare_read for result in results):
-        headers.append("part of a\nbare read")
-    headers += ["gather + SDPA", "times\nas fast", "SDPA on\ncontiguous KV", "times\nas fast"]
-    if any(result.flex for result in results):
-        headers += ["FlexAttention,\ncontiguous KV", "times\nas fast"]
+    made = Table(title="Milliseconds of one call: median (fastest–slowest); how many times as fast paged is")
+    made.add_column("heads/kv×dim\ncount×query/\ncontext", no_wrap=True)
     pages = list(dict.fromkeys(name for result in results for name in result.pages))
-    for header in headers + [f"paged / {name}\n(a bare read)" for name in pages]:
+    headers = ["paged", "part of\nthe limit\n(a bare read)", "gather + SDPA", "SDPA,\ncontiguous KV"]
+    if any(result.flex for result in results):
+        headers.append("FlexAttention,\ncontiguous KV")
+    for header in headers + [f"cost over\n{name}\n(a bare read)" for name in pages]:
         made.add_column(header, justify="right", no_wrap=True)
     for result in results:
         rate, limit = result.bytes_per_s if result.reads else result.flop_per_s, result.limit
         digits, unit = (1, "GB/s") if result.reads else (0, "GFLOP/s")
         part = "–" if result.share is None else f"{result.share:.0%}"
+        bare = f"\n({result.over(result.bare_read):.0%})" if result.bare_read else ""
         cells = [
-            str(result.case),
-            dtype_name(result.dtype),
-            result.paged.as_text(),
-            f"{1e-9 * rate:.{digits}f} {unit}\n{part} of {1e-9 * limit:.{digits}f}",
+            "\n".join([*str(result.case).replace(" + ", "\n+ ").split(" ", 2), dtype_name(result.dtype)]),
+            f"{result.paged.as_text()}\n{1e-9 * rate:.{digits}f} {unit}",
+            f"{part} of {1e-9 * limit:.{digits}f}{bare}",
         ]
-        if any(each.bare_read for each in results):
-            cells.append(f"{result.over(result.bare_read):.0%}" if result.bare_read else "")
         for timings in (result.gathered, result.contiguous):
             form, timing = fastest(timings)
-            cells += [f"{timing.as_text()}\n{form}", f"{result.over(timing):.2f}"]
+            cells.append(f"{timing.as_text()}\n{form}\n{result.over(timing):.2f}x")
         if result.flex:
-            cells += [result.flex.as_text(), f"{result.over(result.flex):.2f}"]
+            cells.append(f"{result.flex.as_text()}\n{result.over(result.flex):.2f}x")
         for name in pages:
-            cells.append("{:.2f}x ({:.2f}x)".format(*result.cost_over(name)) if name in result.pages else "")
+            cost = "{:.2f}x\n({:.2f}x)".format(*result.cost_over(name)) if name in result.pages else ""
+            cells.append(cost)
         made.add_row(*cells)
     return made
 
