@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch_paged.cli.bench import attention_ways, copies, flex, timing
 from torch_paged.cli.bench import bare_read as bare_read_module
 from torch_paged.cli.bench import limits as limits_module
 from torch_paged.cli.bench.attention_ways import Inputs
-from torch_paged.cli.bench.bare_read import bare_read, read_blocks
+from torch_paged.cli.bench.bare_read import bare_read, read_blocks, read_bytes
 from torch_paged.cli.bench.cases import DEFAULT_CASES, Case, Group, parse_case
 from torch_paged.cli.bench.last_level_cache import _from_sysfs, last_level_cache_bytes
 from torch_paged.cli.bench.limits import Probes
@@ -208,11 +207,36 @@ def test_cost_of_pages():
         pages={"pages in order": quick}, bare_read=quick, bare_reads={"pages in order": slow},
     )  # fmt: skip
     assert measured.cost_over("pages in order") == (3 / 2, 2 / 3)
-    # As wide as a terminal that is written to a file.
-    console = Console(width=160)
+    assert "1.50x" in shown_at(160, [measured]) and "(0.67x)" in shown_at(160, [measured])
+
+
+def test_the_table_fits_a_terminal_written_to_a_file():
+    timing = Timing(0.0999, 0.08991, 0.1698)
+    pages = {"pages in order": timing, "pages of 128": timing}
+    forms = {"heads repeated": timing}
+    decode, mixed = (
+        Result(
+            case, torch.bfloat16, 1, True, 1e11, timing, forms, forms, flex=timing,
+            pages=pages if case.kind == "decode" else {}, bare_reads=pages, bare_read=timing,
+        )
+        for case in (DEFAULT_CASES[4], DEFAULT_CASES[8])
+    )  # fmt: skip
+    text = shown_at(160, [decode, mixed])
+    assert "…" not in text and all(part in text for part in ("1×1/32768", "+ 1×256/1024", "pages of 128"))
+
+
+def shown_at(width, results):
+    console = Console(width=width)
     with console.capture() as shown:
-        console.print(table([replace(measured, flex=slow)]))
-    assert all(text in shown.get() for text in ("1.50x", "(0.67x)", "67%", "decode", "4/2×8", "1×1/10"))
+        console.print(table(results))
+    return shown.get()
+
+
+def test_bytes_of_a_bare_read():
+    inputs = Inputs.random(MIXED, torch.float32, block_size=4, num_layers=1)
+    # Three sequences of 21 tokens, one of 17, two of 9: 18, 5 and 6 blocks of 4.
+    assert read_bytes(inputs) == 2 * (18 + 5 + 6) * 4 * 2 * 16 * 4
+    assert Timing(2.0, 1.0, 4.0).scaled(0.5) == Timing(1.0, 0.5, 2.0)
 
 
 def broken(*args, **kwargs):

@@ -71,9 +71,9 @@ def test_matches_reference_and_touches_nothing_else(backend, sample, dtype):
 @pytest.mark.parametrize("sizes", [(16, 4, 64), (16, 3, 5)], ids=str)
 @pytest.mark.parametrize("layout", ["hnd", "nhd", "pool_view"])
 def test_large_copies_match_reference(layout, sizes):
-    """Copies of 1 MiB go past the caches of the CPU: runs of whole cache lines, and others."""
+    """Copies of 2 MiB and more go past the caches of the CPU: runs of whole cache lines, and others."""
     torch.manual_seed(0)
-    num_pairs = (1 << 20) // (4 * sizes[0] * sizes[1] * sizes[2]) + 1
+    num_pairs = (2 << 20) // (4 * sizes[0] * sizes[1] * sizes[2]) + 1
     caches = [random_cache(layout, 2 * num_pairs, sizes, torch.float32) for _ in range(2)]
     expected = [to_device(cache, "cpu") for cache in caches]
     mapping = torch.randperm(2 * num_pairs).view(-1, 2)

@@ -89,15 +89,23 @@ def test_divides_by_scales(backend, scales, layout, dtype):
     assert_matches_reference(arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+LARGE = {"num_blocks": 512, "block_size": 16, "num_kv_heads": 5, "head_dim": 64, "v_head_dim": 56}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("layout", ["hnd", "nhd", "pool_view", "k_transposed", "unaligned"])
 def test_large_writes_match_reference(layout, dtype):
-    """Writes of 1 MiB go past the caches of the CPU: rows of whole cache lines, and others."""
+    """Writes of 2 MiB and more go past the caches of the CPU: rows of whole cache lines, and others."""
     torch.manual_seed(0)
-    slots = torch.randperm(4096)[:2100]
+    slots = torch.randperm(8192)[:8000]
     slots[::50] = -1
-    sizes = {"num_blocks": 256, "block_size": 16, "num_kv_heads": 5, "head_dim": 64, "v_head_dim": 56}
-    assert_matches_reference(build(slots.tolist(), **sizes, layout=layout, dtype=dtype))
+    assert_matches_reference(build(slots.tolist(), **LARGE, layout=layout, dtype=dtype))
+
+
+def test_large_writes_with_scales_match_reference():
+    torch.manual_seed(0)
+    arguments = build(torch.randperm(8192)[:8000].tolist(), **LARGE)
+    assert_matches_reference(arguments | {"key_scale": 0.5 + torch.rand(5), "value_scale": torch.tensor([0.3])})
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])

@@ -28,7 +28,7 @@ def samples():
     yield "odd sizes", {"pairs": [(5, 0)], "sizes": (2, 1, 5)}
     yield "big blocks", {"pairs": [(5, 0), (1, 2)], "sizes": (64, 4, 128)}
     yield "big blocks in pieces", {"pairs": [(5, 0), (1, 2)], "sizes": (64, 4, 128), "dst_layout": "nhd"}
-    yield "many big blocks", {"pairs": [(0, 1), (5, 0), (1, 2)], "sizes": (256, 4, 128)}
+    yield "many big blocks", {"pairs": [(0, 1), (5, 0), (1, 2)], "sizes": (256, 8, 128)}
     yield "no pair", {"pairs": []}
     yield "no layer", {"num_layers": 0}
 

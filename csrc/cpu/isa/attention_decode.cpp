@@ -46,8 +46,8 @@ class NextRows {
 // Rows of at least so many bytes are fetched from the second-level cache into the first some keys before they are used,
 // as waiting for them in the middle of a tile holds up what is fetched from memory too. 2 cores of an AMD EPYC, Zen 4,
 // random blocks of 16, GB/s without and with: 32/8x128, 8 sequences of 2,048 tokens, bfloat16 29.9 and 32.0, float32
-// 28.8 and 30.6, one of 32,768 29.6 and 33.3, 28.5 and 29.9; 14/2x64 float32 26.6 and 28.5, but bfloat16, whose rows
-// are short, 25.8 and 24.6.
+// 28.8 and 30.6, one of 32,768 29.6 and 33.3, 28.5 and 29.9; 14/2x64 float32 26.6 and 28.5, but bfloat16, where rows
+// have 128 bytes, would fall from 25.8 to 24.6.
 constexpr int64_t kLongRow = 256;
 constexpr int64_t kKeysAhead = 8, kValuesAhead = 16;
 
@@ -65,11 +65,13 @@ PAGED_INLINE void with_length(int64_t size, const Run& run) {
     run(std::false_type{});
 }
 
+// The lines that begin in elements [d, d + size) of a row, or rather of one that begins with a line.
 template <int size, class Stored>
-PAGED_INLINE void fetch_near(const Stored* from) {
+PAGED_INLINE void fetch_near(const Stored* row, int64_t d) {
   constexpr int kLine = 64 / sizeof(Stored);
+  if (size < kLine && d % kLine != 0) return;
 #pragma GCC unroll 16
-  for (int i = 0; i < size; i += kLine) __builtin_prefetch(from + i, 0, 3);
+  for (int i = 0; i < size; i += kLine) __builtin_prefetch(row + d + i, 0, 3);
 }
 
 // scores [count][period] = keys x query.
@@ -79,6 +81,7 @@ void score_keys(const typename Dot::Packed* query, int64_t query_stride, const S
   constexpr int period = period_of(rows), share = share_of(rows);
   constexpr int together = share * kAccumulators / period;  // keys
   constexpr int step = kChunk / share;
+  constexpr int64_t ahead = together > kKeysAhead ? together : kKeysAhead;
   // A vector of scores has its first half from the first keys of pairs, its second half from the others.
   constexpr int apart = share == 1 ? 0 : kLanes / period / 2;
   for (int64_t first = 0; first < count; first += together) {
@@ -87,13 +90,13 @@ void score_keys(const typename Dot::Packed* query, int64_t query_stride, const S
     for (int k = 0; k < together; ++k) {
       const int64_t i = first + k < count ? first + k : count - 1;
       key[k] = keys[i];
-      if (long_rows) later[k] = keys[i + kKeysAhead < count ? i + kKeysAhead : count - 1];
+      if (long_rows) later[k] = keys[i + ahead < count ? i + ahead : count - 1];
     }
     Vec sum[kAccumulators] = {};
     for (int64_t d = 0; d < size; d += step) {
       if (long_rows && d % kChunk == 0) {
 #pragma GCC unroll 16
-        for (int k = 0; k < together; ++k) fetch_near<kChunk>(later[k] + d);
+        for (int k = 0; k < together; ++k) fetch_near<kChunk>(later[k], d);
       }
 #pragma GCC unroll 16
       for (int v = 0; v < together / share; ++v) {
@@ -119,6 +122,7 @@ PAGED_INLINE void add_chunks(const float* weights, int period, const Stored* con
                              float* accumulated, int64_t width, NextRows<Stored>& next) {
   constexpr int vectors = 2 * chunks;
   constexpr int64_t apart = kLanes / period_of(rows);
+  constexpr int64_t ahead = Sum::kRows * apart > kValuesAhead ? Sum::kRows * apart : kValuesAhead;
   Vec sum[rows * vectors];
   unrolled<rows * vectors>(
       [&](auto i) PAGED_INLINED { sum[i] = load(accumulated + i / vectors * width + d + i % vectors * kLanes); });
@@ -127,8 +131,8 @@ PAGED_INLINE void add_chunks(const float* weights, int period, const Stored* con
     const Stored *first = values[k] + d, *second = values[k + (Sum::kRows - 1) * apart] + d;
     unrolled<Sum::kRows>([&](auto row) PAGED_INLINED {
       next.template prefetch<chunks * kChunk>();
-      const int64_t later = k + row * apart + kValuesAhead;
-      if (long_rows) fetch_near<chunks * kChunk>(values[later < count ? later : count - 1] + d);
+      const int64_t later = k + row * apart + ahead;
+      if (long_rows) fetch_near<chunks * kChunk>(values[later < count ? later : count - 1], d);
     });
     unrolled<chunks>([&](auto c) PAGED_INLINED {
       const Chunk part = Sum::load_rows(first + c * kChunk, second + c * kChunk);

@@ -1,4 +1,4 @@
-// Reads blocks at the pace of memory: lines are fetched so far ahead that blocks at random wait for none.
+// Reads blocks, their lines fetched so far ahead that blocks at random wait for few.
 #include "../read_blocks.h"
 
 #include "../vec.h"

@@ -11,9 +11,9 @@ PAGED_INLINE void store_streamed(float* to, Vec v) {
   __builtin_nontemporal_store(v, reinterpret_cast<Vec*>(to));
 #elif defined(__AVX512F__)
   _mm512_stream_ps(to, (__m512)v);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
   __builtin_ia32_movntps256(to, v);
-#elif defined(__SSE2__)
+#elif defined(__x86_64__)
   __builtin_ia32_movntps(to, v);
 #else
   store_as(to, v);

@@ -1,4 +1,4 @@
-"""bare_read: the blocks of a case read in the order of its table and nothing else done, as fast as the machine can."""
+"""bare_read: the blocks of a case read one after the other and nothing else done; what attention is held against."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ define("_read_blocks(Tensor cache, Tensor blocks) -> int")
 
 
 def bare_read(inputs: Inputs) -> Attention:
-    """Read what attention over `inputs` has to: the blocks of every sequence, keys and values, one after the other."""
+    """Read the whole blocks of every sequence in the order of the table, the keys and then the values."""
     blocks = inputs.block_table[inputs.block_table >= 0].long()
     layers = [[_as_bytes(cache) for cache in caches] for caches in inputs.caches]
 
@@ -18,6 +18,12 @@ def bare_read(inputs: Inputs) -> Attention:
         return torch.tensor([read_blocks(cache, blocks) for cache in layers[number % len(layers)]])
 
     return read
+
+
+def read_bytes(inputs: Inputs) -> int:
+    """What a bare read reads: more than attention, where sequences end within blocks."""
+    num_blocks = int((inputs.block_table >= 0).sum())
+    return sum(num_blocks * cache[0].nbytes for cache in inputs.caches[0])
 
 
 def read_blocks(cache: Tensor, blocks: Tensor) -> int:

@@ -11,22 +11,22 @@ from torch import Tensor
 from torch_paged.cli.arguments import DTYPES
 from torch_paged.cli.bench import attention_ways
 from torch_paged.cli.bench.attention_ways import Attention, Inputs
-from torch_paged.cli.bench.bare_read import bare_read
+from torch_paged.cli.bench.bare_read import bare_read, read_bytes
 from torch_paged.cli.bench.cases import DEFAULT_CASES, KINDS, Case, parse_case
 from torch_paged.cli.bench.last_level_cache import last_level_cache_bytes
 from torch_paged.cli.bench.limits import CACHE_MULTIPLE, Probes
 from torch_paged.cli.bench.ops_result import NOTES, Result, panels, table
 from torch_paged.cli.bench.options import BLOCK_SIZES, add_common, prepare
 from torch_paged.cli.bench.output import Output, write
-from torch_paged.cli.bench.timing import SETTLING_S, alternate
+from torch_paged.cli.bench.timing import SETTLING_S, Timing, alternate
 from torch_paged.cli.errors import CommandError
 from torch_paged.cli.report import progress
 
 MAX_WORKING_SET_BYTES = 2 << 30
 MAX_LAYERS = 128
 LARGE_BLOCK = 128
-# How often a case is measured again whose op was faster than its limit: neighbours of the machine come and go.
-SECOND_LOOKS = 3
+# A case whose op was faster than its limit is measured again: neighbours of the machine come and go.
+MOST_REPEATS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +107,11 @@ def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, probes: Pr
         ways |= {f"bare read, {name}": bare_read(other) for name, other in others.items()}
         probing = probes.reading()
     timings = alternate({**apart(ways, num_layers), **probing}, args.rounds, settling_s=SETTLING_S)
+
+    def bare(name: str, read: Inputs) -> Timing:
+        # Of as many bytes as attention reads.
+        return timings[name].scaled(case.kv_bytes(dtype) / read_bytes(read))
+
     return Result(
         case=case,
         dtype=dtype,
@@ -118,8 +123,8 @@ def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace, probes: Pr
         contiguous={form: timings[f"contiguous {form}"] for form in forms},
         flex=timings.get("flex"),
         pages={name: timings[name] for name in others},
-        bare_read=timings.get("bare read"),
-        bare_reads={name: timings[f"bare read, {name}"] for name in others},
+        bare_read=bare("bare read", inputs) if "bare read" in timings else None,
+        bare_reads={name: bare(f"bare read, {name}", other) for name, other in others.items()},
     )
 
 
@@ -135,7 +140,7 @@ def apart(ways: dict[str, Attention], num_layers: int) -> dict[str, Callable[[in
 def measure_again(measure: Callable[[], Result]) -> Result:
     """Measure, and once more as long as an op surpasses its limit."""
     result = measure()
-    for _ in range(SECOND_LOOKS):
+    for _ in range(MOST_REPEATS):
         if not result.surpasses_limit:
             break
         result = measure()

@@ -27,7 +27,7 @@ class Result:
         contiguous: per form, on contiguous keys and values.
         flex: compiled FlexAttention on the same, if asked for.
         pages: the paged op on other pages, if asked for.
-        bare_read: of the same blocks in the same order, where reading bounds the case.
+        bare_read: of the same blocks, for as many bytes as attention reads, where reading bounds the case.
         bare_reads: of the other pages.
     """
 
@@ -123,6 +123,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _in_lines(timing: Timing) -> str:
+    return timing.as_text().replace(" (", "\n(")
+
+
 def table(results: Sequence[Result]) -> Table:
     made = Table(title="Milliseconds of one call: median (fastest–slowest); how many times as fast paged is")
     made.add_column("heads/kv×dim\ncount×query/\ncontext", no_wrap=True)
@@ -139,14 +143,14 @@ def table(results: Sequence[Result]) -> Table:
         bare = f"\n({result.over(result.bare_read):.0%})" if result.bare_read else ""
         cells = [
             "\n".join([*str(result.case).replace(" + ", "\n+ ").split(" ", 2), dtype_name(result.dtype)]),
-            f"{result.paged.as_text()}\n{1e-9 * rate:.{digits}f} {unit}",
+            f"{_in_lines(result.paged)}\n{1e-9 * rate:.{digits}f} {unit}",
             f"{part} of {1e-9 * limit:.{digits}f}{bare}",
         ]
         for timings in (result.gathered, result.contiguous):
             form, timing = fastest(timings)
-            cells.append(f"{timing.as_text()}\n{form}\n{result.over(timing):.2f}x")
+            cells.append(f"{_in_lines(timing)}\n{form}\n{result.over(timing):.2f}x")
         if result.flex:
-            cells.append(f"{result.flex.as_text()}\n{result.over(result.flex):.2f}x")
+            cells.append(f"{_in_lines(result.flex)}\n{result.over(result.flex):.2f}x")
         for name in pages:
             cost = "{:.2f}x\n({:.2f}x)".format(*result.cost_over(name)) if name in result.pages else ""
             cells.append(cost)
@@ -156,7 +160,8 @@ def table(results: Sequence[Result]) -> Table:
 
 NOTES = [
     "Limits: the median of the best of several probes in the same rounds, which read memory in order (decode) or "
-    "multiply matrices. A bare read: of the same blocks in the same order, nothing computed.",
+    "multiply matrices. A bare read: of the same blocks, all keys and then all values, nothing computed; no bound.",
+    "A case that was faster than its limit was measured again, three times at most.",
     "–: no share, as the keys and values fit into the cache or the op was faster than every probe.",
 ]
 

@@ -78,7 +78,7 @@ class StepProfile:
 
     @property
     def share_fast(self) -> float:
-        """The part of the products' time that is in products which read weights at FAST of that rate or faster."""
+        """The part of the products' time in which weights are read at FAST of `read_bytes_per_s` or faster."""
         enough = FAST * self.read_bytes_per_s
         fast = sum(each.calls * each.seconds for each in self.products if each.bytes_per_s >= enough)
         return fast / self.in_products if self.products else 0.0

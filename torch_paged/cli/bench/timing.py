@@ -18,6 +18,9 @@ class Timing:
     def of(cls, seconds: Sequence[float]) -> "Timing":
         return cls(statistics.median(seconds), min(seconds), max(seconds))
 
+    def scaled(self, factor: float) -> "Timing":
+        return Timing(self.median * factor, self.fastest * factor, self.slowest * factor)
+
     def as_json(self) -> dict[str, float]:
         return {"median_s": self.median, "min_s": self.fastest, "max_s": self.slowest}
 
