@@ -21,7 +21,6 @@
   cpu::RotateTokens rotate_tokens;          \
   cpu::LoadBlocks load_blocks;              \
   cpu::CopyBlock copy_block;                \
-  cpu::ReadBlocks read_blocks;              \
   cpu::MergeStates merge_states;            \
   cpu::MultiplyPanels multiply_panels;      \
   cpu::MultiplyFewRows multiply_few_rows;   \
@@ -33,7 +32,7 @@
 #define PAGED_KERNELS(isa, machine_has_it, machine_likes_it)                                                           \
   CpuKernels {                                                                                                         \
     #isa, machine_has_it, machine_likes_it, isa::attention_float32, isa::attention_bfloat16, isa::attention_float16,   \
-        isa::store_tokens, isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::read_blocks, isa::merge_states, \
+        isa::store_tokens, isa::rotate_tokens, isa::load_blocks, isa::copy_block, isa::merge_states,                   \
         isa::multiply_panels, isa::multiply_few_rows, isa::multiply_many_rows, isa::has_many_rows, isa::normalise_rows \
   }
 

@@ -9,7 +9,6 @@
 #include "linear.h"
 #include "merge_attention_states.h"
 #include "packed_linear.h"
-#include "read_blocks.h"
 #include "reshape_and_cache.h"
 #include "rms_norm.h"
 #include "rope_and_cache.h"
@@ -25,7 +24,6 @@ struct CpuKernels {
   cpu::RotateTokens* rotate_tokens;
   cpu::LoadBlocks* load_blocks;
   cpu::CopyBlock* copy_block;
-  cpu::ReadBlocks* read_blocks;
   cpu::MergeStates* merge_states;
   cpu::MultiplyPanels* multiply_panels;
   cpu::MultiplyFewRows* multiply_few_rows;

@@ -13,10 +13,7 @@ struct BlockRead {
   int64_t count;
 };
 
-// The bitwise exclusive or of the 4-byte words of blocks [begin, end).
-using ReadBlocks = int32_t(const BlockRead& read, int64_t begin, int64_t end);
-
-// The same of all of them.
+// The bitwise exclusive or of the 4-byte words of all of them.
 int32_t read_blocks(const BlockRead& read);
 
 }  // namespace paged::cpu

@@ -161,7 +161,7 @@ def table(results: Sequence[Result]) -> Table:
 NOTES = [
     "Limits: the median of the best of several probes in the same rounds, which read memory in order (decode) or "
     "multiply matrices. A bare read: of the same blocks, all keys and then all values, nothing computed; no bound.",
-    "A case that was faster than its limit was measured again, three times at most.",
+    "A case that was faster than its limit was measured again, a few times at most.",
     "–: no share, as the keys and values fit into the cache or the op was faster than every probe.",
 ]
 
