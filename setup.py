@@ -35,7 +35,13 @@ CUDA_ARCHITECTURES = "80;90a;100;120"
 AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
 INSTRUCTION_SETS = {
     # x86-64 without AVX2 is older than 2013: there the compile time of every change counts for more than speed.
-    "x86_64": {"baseline": "-O2", "avx2": "-march=x86-64-v3", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"},
+    "x86_64": {
+        "baseline": "-O2",
+        "avx2": "-march=x86-64-v3",
+        "avx512": AVX512,
+        "avx512bf16": f"{AVX512} -mavx512bf16",
+        "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    },
     "aarch64": {"neon": ""},
 }
 
@@ -131,8 +137,9 @@ def _cpu_part(file: NinjaFile, torch: Path, compiler: list[str], instruction_set
     if not sources:
         raise SystemExit(f"torch_paged: no C++ sources in {cpu}; the checkout is incomplete, clone it again")
     objects = [(f"cpu/{source.stem}.o", source, "") for source in sources]
-    for source in sorted((cpu / "isa").glob("*.cpp")):
-        for name, flags in instruction_sets.items():
+    for name, flags in instruction_sets.items():
+        # AMX has kernels of its own for some ops, and AVX-512's for the rest.
+        for source in sorted((cpu / ("amx" if name == "amx" else "isa")).glob("*.cpp")):
             objects.append((f"cpu/{source.stem}.{name}.o", source, f"{flags} -DPAGED_ISA={name}"))
 
     # No -ffast-math: it would break NaN and -inf, which masking and empty rows rely on.
@@ -145,7 +152,9 @@ def _cpu_part(file: NinjaFile, torch: Path, compiler: list[str], instruction_set
     sanitize = ""
     if SANITIZERS:
         # Behind all other flags: from -O2 on the checks take three times as long to compile. The first finding aborts.
+        # Tiles in software: what AMX itself reads and writes is not checked.
         sanitize = f" -O1 -g1 -fno-omit-frame-pointer -fsanitize={SANITIZERS} -fno-sanitize-recover=all"
+        sanitize += " -DPAGED_SOFTWARE_TILES"
     command = f"{shlex.join(compiler)} {flags} {_torch_flags(torch)} $flags{sanitize} -MMD -MF $out.d -c $in -o $out"
     file.rule("cxx", command, depfile=True)
     file.rule("link", f"{shlex.join(compiler)} -shared{sanitize} $in {_link_torch(torch, '-Wl,')} -o $out")

@@ -29,11 +29,13 @@ void attend_in_double(const AttentionCall& call) {
                               [&](int64_t begin, int64_t end) { attention_float64(call, begin, end); });
 }
 
-void attend(const AttentionCall& call, const AttentionKernels& kernels, const SplitPolicy& policy) {
+void attend(const AttentionCall& call, const AttentionKernels& kernels, SplitPolicy policy) {
+  policy.prefill_rows = kernels.prefill_rows;
+  policy.bytes_per_multiply_add = kernels.bytes_per_multiply_add;
   static thread_local AttentionPlan plan_of_thread;
   AttentionPlan& plan = plan_of_thread;
   plan_attention(call, policy, plan);
-  const int64_t scratch = scratch_floats(call);
+  const int64_t scratch = kernels.scratch_floats(call);
   float* const partials = workspace(plan.num_threads() * scratch + plan.partial_floats);
   float* const scratches = partials + plan.partial_floats;
   torch::stable::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
@@ -64,8 +66,12 @@ Tensor run(const AttentionArguments& arguments, Tensor* lse) {
   const Tensor& query = arguments.query;
   check_positions(call, arguments.key_cache.size(0), arguments.block_table.size(1), arguments.max_query_len);
 
-  const SplitPolicy policy{torch::stable::get_num_threads(), arguments.num_splits, arguments.deterministic,
-                           int64_t(query.element_size())};
+  const SplitPolicy policy{torch::stable::get_num_threads(),
+                           arguments.num_splits,
+                           arguments.deterministic,
+                           int64_t(query.element_size()),
+                           0,
+                           0};
 
   Tensor out = torch::stable::new_empty(query, {call.num_tokens, call.num_heads, call.v_head_dim});
   call.out = out.mutable_data_ptr();

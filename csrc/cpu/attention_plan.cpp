@@ -9,14 +9,14 @@ namespace {
 constexpr int64_t kFixedSplit = 2048;         // keys per piece when the split must not depend on the batch
 constexpr int64_t kSmallestPiece = 256;       // keys; a shorter piece costs more to merge than it balances
 constexpr double kSmallestShare = 64 * 1024;  // cost for which a further thread is worth waking
-constexpr double kBytesPerMultiplyAdd = 0.3;  // a core multiplies and adds 50e9 times a second and reads 15 GB/s
 constexpr double kBytesPerPiece = 4096;       // to begin and end a piece
 
 struct Cost {
-  double element_size, width;
+  double element_size, width, prefill_multiply_add;
 
   double per_key(const AttentionWork& work) const {
-    return width * (element_size + kBytesPerMultiplyAdd * double(rows_of(work)));
+    const int64_t rows = rows_of(work);
+    return width * (element_size + (rows > kDecodeRows ? prefill_multiply_add : kBytesPerMultiplyAdd) * double(rows));
   }
   double of(const AttentionWork& work) const {
     return kBytesPerPiece + double(work.key_end - work.key_begin) * per_key(work);
@@ -24,14 +24,14 @@ struct Cost {
 };
 
 // Every row of the call, in pieces whose keys are not split yet.
-void list_pieces(const AttentionCall& call, std::vector<AttentionWork>& pieces) {
+void list_pieces(const AttentionCall& call, int64_t most_rows, std::vector<AttentionWork>& pieces) {
   const int64_t group = call.num_heads / call.num_kv_heads;
   pieces.clear();
   for (int64_t seq = 0; seq < call.num_seqs; ++seq) {
     const int64_t queries = call.cu_seqlens_q[seq + 1] - call.cu_seqlens_q[seq];
     const int64_t seq_len = call.seq_lens[seq];
-    const int64_t heads = std::min(group, kPrefillRows);
-    const int64_t step = kPrefillRows / heads;
+    const int64_t heads = std::min(group, most_rows);
+    const int64_t step = most_rows / heads;
     for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
       for (int64_t head = 0; head < group; head += heads)
         for (int64_t query = 0; query < queries; query += step) {
@@ -126,8 +126,8 @@ void split_by_length(const std::vector<AttentionWork>& pieces, const SplitPolicy
 
 void plan_attention(const AttentionCall& call, const SplitPolicy& policy, AttentionPlan& plan) {
   static thread_local std::vector<AttentionWork> pieces;
-  list_pieces(call, pieces);
-  const Cost cost{double(policy.element_size), double(call.head_dim + call.v_head_dim)};
+  list_pieces(call, policy.prefill_rows, pieces);
+  const Cost cost{double(policy.element_size), double(call.head_dim + call.v_head_dim), policy.bytes_per_multiply_add};
   double total = 0;
   for (const AttentionWork& piece : pieces) total += cost.of(piece);
   const int64_t num_threads = std::max<int64_t>(1, std::min(policy.num_threads, int64_t(total / kSmallestShare)));

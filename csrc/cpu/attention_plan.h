@@ -21,9 +21,11 @@ struct AttentionPlan {
 
 struct SplitPolicy {
   int64_t num_threads;
-  int64_t num_splits;    // pieces that a row's keys are cut into; 0: as many as balance the threads
-  bool deterministic;    // where keys are cut depends on nothing but the row's own sequence
-  int64_t element_size;  // bytes
+  int64_t num_splits;             // pieces that a row's keys are cut into; 0: as many as balance the threads
+  bool deterministic;             // where keys are cut depends on nothing but the row's own sequence
+  int64_t element_size;           // bytes
+  int64_t prefill_rows;           // most rows of a piece
+  double bytes_per_multiply_add;  // of prefill
 };
 
 // Overwrites `plan`, reusing its memory.

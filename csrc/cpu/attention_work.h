@@ -36,12 +36,24 @@ static inline bool differs_in_heads_alone(const AttentionWork& a, const Attentio
 // A partial result: per row an unnormalised output [padded(v_head_dim)], then all rows' maxima, then all rows' sums.
 static inline int64_t partial_floats(int64_t rows, int64_t v_head_dim) { return rows * (padded(v_head_dim) + 2); }
 
-// What a kernel needs for itself: packed query, K, V, scores (twice) and output. The queries of a gang take twice their
-// width.
+// What kernels need for themselves: packed query, K, V, scores (twice) and output. The queries of a gang take twice
+// their width.
 static_assert(2 * kGang * kDecodeRows <= kPrefillRows);
 static inline int64_t scratch_floats(const AttentionCall& call) {
   const int64_t k = padded(call.head_dim), v = padded(call.v_head_dim);
   return kPrefillRows * (k + v + 2 * kTileKeys) + kTileKeys * (k + v);
+}
+
+// What a core reads in the time of one multiplication and addition: 15 GB/s and 50e9 a second, 750e9 with AMX.
+constexpr double kBytesPerMultiplyAdd = 0.3, kTileBytesPerMultiplyAdd = 0.02;
+
+// With AMX more rows share a tile, as its values are turned for all of them, and more keys lie between two updates.
+constexpr int64_t kTilePrefillRows = 1024, kWeighedKeys = 128;
+// Packed query, K, V, scores, weights and output, and the output of a panel of 32 rows as it is written.
+static inline int64_t tile_scratch_floats(const AttentionCall& call) {
+  const int64_t k = padded(call.head_dim), v = padded(call.v_head_dim), decode = scratch_floats(call);
+  const int64_t prefill = kTilePrefillRows * (k / 2 + v) + kWeighedKeys * (k + v + 96) / 2 + 32 * v;
+  return prefill > decode ? prefill : decode;
 }
 
 // Pieces that differ in their heads alone, up to kGang of them, are worked on together, tile by tile. What the same
@@ -54,8 +66,11 @@ using MergePieces = void (*)(const AttentionCall& call, const AttentionWork* pie
 // The kernels for one storage type on one instruction set.
 struct AttentionKernels {
   AttendGang decode;    // at most kDecodeRows rows
-  AttendPiece prefill;  // at most kPrefillRows rows
+  AttendPiece prefill;  // at most prefill_rows
   MergePieces merge;    // the pieces of the same rows, in the order of their keys
+  int64_t prefill_rows;
+  int64_t (*scratch_floats)(const AttentionCall& call);  // for decode and prefill
+  double bytes_per_multiply_add;                         // of prefill
 };
 
 }  // namespace paged

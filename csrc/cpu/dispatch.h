@@ -26,9 +26,7 @@ struct CpuKernels {
   cpu::CopyBlock* copy_block;
   cpu::MergeStates* merge_states;
   cpu::MultiplyPanels* multiply_panels;
-  cpu::MultiplyFewRows* multiply_few_rows;
-  cpu::MultiplyManyRows* multiply_many_rows;
-  cpu::HasManyRows* has_many_rows;
+  cpu::LinearKernels linear;
   cpu::NormaliseRows* normalise_rows;
 };
 

@@ -24,18 +24,18 @@ float* scratch(int64_t floats) {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void few_rows(const std::vector<Linear>& calls) {
-  MultiplyFewRows* const multiply_few_rows = cpu_kernels().multiply_few_rows;
+  const LinearKernels& kernels = cpu_kernels().linear;
   int64_t steps = 0;
   for (const Linear& call : calls) steps += ceil_div(call.out_features, kStep);
   const Linear& first = calls.front();
   const int64_t step_bytes = kStep * first.num_weights() * first.in_features * first.element_size;
   torch::stable::parallel_for(0, steps, grain(step_bytes), [&](int64_t begin, int64_t end) {
-    float* const sums = scratch(few_rows_scratch_floats(first));
+    float* const own = scratch(kernels.few_rows_scratch_floats(first));
     int64_t before = 0;
     for (const Linear& call : calls) {
       const int64_t from = std::max(begin - before, int64_t(0)) * kStep;
       const int64_t to = std::min((end - before) * kStep, call.out_features);
-      if (from < to) multiply_few_rows(call, from, to, sums);
+      if (from < to) kernels.few_rows(call, from, to, own);
       before += ceil_div(call.out_features, kStep);
     }
   });
@@ -61,7 +61,7 @@ Parts divide(const Linear& call) {
 }
 
 void many_rows(const Linear& call) {
-  MultiplyManyRows* const multiply_many_rows = cpu_kernels().multiply_many_rows;
+  const LinearKernels& kernels = cpu_kernels().linear;
   const Parts parts = divide(call);
   const int64_t rows = ceil_div(ceil_div(call.num_rows, parts.rows), kStep) * kStep;
   const int64_t outputs = ceil_div(ceil_div(call.out_features, parts.outputs), kStep) * kStep;
@@ -70,8 +70,9 @@ void many_rows(const Linear& call) {
       const int64_t row = part % parts.rows * rows, output = part / parts.rows * outputs;
       // Steps may leave nothing for the last parts.
       if (row < call.num_rows && output < call.out_features)
-        multiply_many_rows(call, row, std::min(row + rows, call.num_rows), output,
-                           std::min(output + outputs, call.out_features), scratch(kManyRowsScratchFloats));
+        kernels.many_rows(call, row, std::min(row + rows, call.num_rows), output,
+                          std::min(output + outputs, call.out_features),
+                          scratch(kernels.many_rows_scratch_floats(call)));
     }
   });
 }
@@ -79,7 +80,7 @@ void many_rows(const Linear& call) {
 }  // namespace
 
 void linear(const std::vector<Linear>& calls) {
-  if (!cpu_kernels().has_many_rows(calls.front().num_rows)) return few_rows(calls);
+  if (!cpu_kernels().linear.has_many_rows(calls.front())) return few_rows(calls);
   for (const Linear& call : calls) many_rows(call);
 }
 

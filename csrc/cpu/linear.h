@@ -39,25 +39,42 @@ struct Linear {
 // Few rows: the weights of so many outputs and inputs stay in the second-level cache while row after row meets them.
 constexpr int64_t kOutputBlock = 64, kInputBlock = 1024;
 
-// Outputs [begin, end) for all rows. `scratch` has few_rows_scratch_floats.
+// Outputs [begin, end) for all rows.
 using MultiplyFewRows = void(const Linear& call, int64_t begin, int64_t end, float* scratch);
 
 static inline int64_t few_rows_scratch_floats(const Linear& call) {
   return call.num_rows * (2 * kOutputBlock + (call.in_features + 31) / 32 * 32);
 }
 
-// Whether both factors are packed: rows x inputs stay in the second-level cache, the weights of some outputs in the
+// Many rows: both factors are packed. Rows x inputs stay in the second-level cache, the weights of some outputs in the
 // first.
-using HasManyRows = bool(int64_t num_rows);
 constexpr int64_t kManyRows = 512, kManyOutputs = 1024, kManyInputs = 256;
+constexpr int64_t kMostOutputsAtOnce = 16;
 
-// Outputs [output_begin, output_end) for rows [row_begin, row_end), at most kManyRows. `scratch` has
-// kManyRowsScratchFloats.
+// Outputs [output_begin, output_end) for rows [row_begin, row_end), at most kManyRows.
 using MultiplyManyRows = void(const Linear& call, int64_t row_begin, int64_t row_end, int64_t output_begin,
                               int64_t output_end, float* scratch);
 
-constexpr int64_t kMostOutputsAtOnce = 16;
-constexpr int64_t kManyRowsScratchFloats = kManyRows * kManyOutputs + (kManyRows + kMostOutputsAtOnce) * kManyInputs;
+static inline int64_t many_rows_scratch_floats(const Linear&) {
+  return kManyRows * kManyOutputs + (kManyRows + kMostOutputsAtOnce) * kManyInputs;
+}
+
+// With AMX the inputs alone are packed, in blocks of at most so many rows x inputs; sums are kept where there is more
+// than one block. The weights of kTileOutputs at a time are copied where they do not fill tiles.
+constexpr int64_t kTilePackedInputs = kManyRows * 1024, kTileMostInputs = 8192, kTileOutputs = 32;
+
+static inline int64_t tile_scratch_floats(const Linear&) {
+  return kManyRows * kManyOutputs + (kTilePackedInputs + kTileOutputs * kTileMostInputs) / 2;
+}
+
+// The kernels on one instruction set; `scratch` has as many floats as they say.
+struct LinearKernels {
+  bool (*has_many_rows)(const Linear& call);
+  MultiplyFewRows* few_rows;
+  MultiplyManyRows* many_rows;
+  int64_t (*few_rows_scratch_floats)(const Linear& call);
+  int64_t (*many_rows_scratch_floats)(const Linear& call);
+};
 
 // Layers of one input, activation and number of rows: few rows meet them side by side, as small ones are not worth
 // threads of their own.

@@ -16,7 +16,7 @@ void packed_linear(const PackedLinear& call) {
   torch::stable::parallel_for(0, call.num_panels(), grain(panel_bytes), [&](int64_t begin, int64_t end) {
     // Kept by the thread: fresh pages for each call would cost as much as a small layer.
     thread_local std::vector<float> scratch;
-    const size_t floats = kRowBlock * 2 * call.num_pairs();
+    const size_t floats = size_t(panels_scratch_floats(call));
     if (scratch.size() < floats) scratch.resize(floats);
     multiply_panels(call, begin, end, scratch.data());
   });

@@ -25,7 +25,12 @@ struct PackedLinear {
   int64_t num_panels() const { return (out_features + kPanel - 1) / kPanel; }
 };
 
-// Panels [begin, end) for all rows; `scratch` has kRowBlock * 2 * num_pairs() floats.
+// For a block of rows: two floats for each pair of inputs; or for two blocks bfloat16 rows as long as tiles take them.
+static inline int64_t panels_scratch_floats(const PackedLinear& call) {
+  return kRowBlock * (2 * call.num_pairs() + 32);
+}
+
+// Panels [begin, end) for all rows; `scratch` has panels_scratch_floats.
 using MultiplyPanels = void(const PackedLinear& call, int64_t begin, int64_t end, float* scratch);
 
 void packed_linear(const PackedLinear& call);

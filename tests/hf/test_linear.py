@@ -76,7 +76,8 @@ CPUS: dict[str, tuple[str, bool, list[torch.dtype]]] = {
     "AVX2": ("avx2", False, [torch.bfloat16, torch.float16]),
     "AVX-512": ("avx512", False, [torch.bfloat16, torch.float16]),
     "fast dot products": ("avx512bf16", False, [torch.float32, torch.bfloat16, torch.float16]),
-    "AMX": ("avx512", True, []),
+    "AMX": ("amx", True, [torch.bfloat16]),
+    "AMX, not used": ("avx512", True, []),
     "SSE2": ("baseline", False, []),
     "ARM": ("neon", False, []),
 }

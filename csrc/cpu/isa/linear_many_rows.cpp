@@ -185,7 +185,8 @@ void multiply(const Linear& call, int64_t row_begin, int64_t row_end, int64_t ou
 // few, 24 rows 177 as many: vectors of 16 rows are empty in part. float32: 16 rows 132 and 170, 32 rows 172 and 205. 2
 // cores of an AMD EPYC, Zen 4, bfloat16: 12 rows 264 as few, 16 rows 295 and 267, 24 rows 329 and 266, 28 rows 322 and
 // 306, 32 rows 357 and 365; float32: 16 rows 149 and 153, 24 rows 165 and 131, 32 rows 182 and 173.
-bool has_many_rows(int64_t num_rows) {
+bool has_many_rows(const Linear& call) {
+  const int64_t num_rows = call.num_rows;
 #if defined(__AVX512BF16__)
   return num_rows > 28;
 #else
