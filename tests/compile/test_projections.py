@@ -299,3 +299,22 @@ def test_sums_that_are_no_linear_layer(lowered: Lowered) -> None:
 
     torch.testing.assert_close(torch.compile(run, backend="torch_paged", fullgraph=True)(x), run(x))
     assert lowered.count("paged.packed_linear") == 0
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+@torch.no_grad()
+def test_what_weights_were_made_into_lies_in_huge_pages(huge_pages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[list[tuple[int, ...]]] = []
+
+    def moving(tensors: Sequence[Tensor]) -> int:
+        moved.append([tuple(tensor.shape) for tensor in tensors])
+        return 0
+
+    monkeypatch.setattr(frozen, "gather_in_huge_pages", moving)
+    model, x = Two(), torch.randn(4, 6)
+    step = torch.compile(model, backend="torch_paged", options={"huge_pages": huge_pages})
+    step(x), step(x)
+    assert moved == ([[(1, 3, 64), (8,)]] if huge_pages else [])
+    model.a.weight.mul_(2)
+    torch.testing.assert_close(step(x), model(x), atol=1e-6, rtol=1e-5)
+    assert len(moved) == (2 if huge_pages else 0)

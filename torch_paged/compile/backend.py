@@ -71,7 +71,7 @@ def compile_graph(
     if len(used) == len(example_inputs) and not derived:
         return compiled
 
-    added = DerivedInputs(derived)
+    added = DerivedInputs(derived, huge_pages=options.huge_pages)
 
     def with_derived(*inputs: Any) -> Any:
         inputs += tuple(added.tensors(inputs))

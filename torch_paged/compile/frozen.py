@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torch_paged.ops.huge_pages import gather_in_huge_pages
+
 Make = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -40,8 +42,9 @@ class DerivedInputs:
     (AMD EPYC, Zen 4).
     """
 
-    def __init__(self, derived: Sequence[Derived]) -> None:
+    def __init__(self, derived: Sequence[Derived], *, huge_pages: bool) -> None:
         self._derived = derived
+        self._huge_pages = huge_pages
         self._places = sorted({place for each in derived for place in each.sources})
         self._last = _Seen(-1, [], [])
 
@@ -57,6 +60,8 @@ class DerivedInputs:
             # Tensors that are made again count, here and in other threads.
             forgotten = _forgotten.times
             tensors = [each.tensor(inputs) for each in self._derived]
+        if self._huge_pages:
+            gather_in_huge_pages([tensor for tensor in tensors if tensor.device.type == "cpu"])
         sources = [(place, weakref.ref(inputs[place]), _facts([inputs[place]])) for place in self._places]
         self._last = _Seen(forgotten, sources, [weakref.ref(tensor) for tensor in tensors])
         return tensors

@@ -47,9 +47,12 @@ class PagedConfig:
         fast_layers: on a CPU, layers of uncompiled passes run by `torch_paged.ops`: RMS norms of Llama's kind by
             `rms_norm`; attention of Llama's, Qwen's and Mistral's by `qkv_linear`, `rope_and_cache` and `attention`;
             linear layers by `linear`, and gate and up projections of gated MLPs by `gated_linear`, where
-            these are faster: with few rows (up to 64), and on x86 CPUs without AMX with any number in float16 and
-            bfloat16, in float32 too where the CPU has fast dot products of bfloat16. False: by PyTorch, whose results
-            differ in the last bits.
+            these are faster: with few rows (up to 64), and on x86 CPUs with any number in bfloat16, without AMX in
+            float16, and in float32 where the CPU has no AMX but fast dot products of bfloat16. False: by PyTorch,
+            whose results differ in the last bits.
+        huge_pages: under Linux, weights on the CPU are moved into pages of 2 MiB when the model is patched, as decode
+            steps read them a quarter faster from there; takes a second or two for a gigabyte, once. Not what lies in a
+            mapped file, and not where the system is set to never use such pages.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:
@@ -71,6 +74,7 @@ class PagedConfig:
     deterministic: bool = False
     compile: bool | dict[str, Any] = False
     fast_layers: bool = True
+    huge_pages: bool = True
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ class PagedConfig:
                 raise ValueError(f"{name}: {value}; must be at least {least}")
         check_block_size(self.block_size)
         flags = ["prefix_caching", "pack_rows", "share_prompts", "drop_finished_rows", "deterministic"]
-        flags += ["fast_layers", "strict"]
+        flags += ["fast_layers", "huge_pages", "strict"]
         for name, wanted in (dict.fromkeys(flags, bool) | {"salt": str}).items():
             if not isinstance(value := getattr(self, name), wanted):
                 raise TypeError(f"{name}: {type(value).__name__}; must be a {wanted.__name__}")

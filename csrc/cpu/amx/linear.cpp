@@ -134,7 +134,8 @@ class LinearTiles {
     const int64_t panels = (num_columns_ + columns_ - 1) / columns_, lines = (kTileOutputs + panels - 1) / panels;
     next.allow(kTileOutputs);
     float* const sums = sums_of(at.weight, at.output);
-    const int64_t at_once = panels == 1 ? steps : kStepsAtOnce;
+    const int64_t parts = panels == 1 ? 1 : (steps + kStepsAtOnce - 1) / kStepsAtOnce;
+    const int64_t at_once = parts > 1 ? (steps + parts - 1) / parts : steps;
     int64_t s = 0;
     do {
       const auto* const tiles = reinterpret_cast<const char* const*>(left.tiles);

@@ -1,0 +1,75 @@
+"""Weights of a patched model are moved into large pages: which, when, and not where the knob says no."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import torch_paged
+from torch_paged.hf import huge_weights
+
+from .models import VOCAB, assert_same_tokens, batch, generate, tiny
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The addresses of each call's tensors."""
+    calls: list[list[int]] = []
+
+    def moving(tensors: Sequence[Tensor]) -> int:
+        calls.append([tensor.data_ptr() for tensor in tensors])
+        return 0
+
+    monkeypatch.setattr(huge_weights, "gather_in_huge_pages", moving)
+    return calls
+
+
+def test_all_weights_once(moved: list[list[int]]) -> None:
+    model = tiny("llama")
+    handle = torch_paged.patch(model)
+    assert moved == [[weight.data_ptr() for weight in model.parameters()]]
+    generate(model, batch([5, 9]))
+    handle.unpatch()
+    assert len(moved) == 1
+
+
+def test_the_knob(moved: list[list[int]]) -> None:
+    model = tiny("llama")
+    torch_paged.patch(model, huge_pages=False)
+    assert moved == []
+    torch_paged.patch(model, huge_pages=True)
+    assert len(moved) == 1
+
+
+def test_weights_that_are_no_plain_memory_of_the_cpu(moved: list[list[int]]) -> None:
+    class Weight(nn.Parameter):
+        pass
+
+    model = tiny("llama")
+    layer = model.model.layers[0].mlp
+    layer.up_proj.weight = Weight(layer.up_proj.weight.detach())
+    model.model.layers[1].mlp.to("meta")
+    plain = [each for each in model.parameters() if type(each) is nn.Parameter and each.device.type == "cpu"]
+    torch_paged.patch(model)
+    assert moved == [[weight.data_ptr() for weight in plain]]
+    assert len(plain) == len(list(model.parameters())) - 4
+
+
+def test_tokens_are_those_of_stock() -> None:
+    """With weights of which some fill pages."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    inputs = batch([5, 9, 2])
+    expected = generate(model, inputs)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch_paged.paged(model):
+        actual = generate(model, inputs)
+    assert_same_tokens(model, expected, actual, inputs)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
