@@ -29,9 +29,10 @@ void attend_in_double(const AttentionCall& call) {
                               [&](int64_t begin, int64_t end) { attention_float64(call, begin, end); });
 }
 
-void attend(const AttentionCall& call, const AttentionKernels& kernels, SplitPolicy policy) {
-  policy.prefill_rows = kernels.prefill_rows;
-  policy.bytes_per_multiply_add = kernels.bytes_per_multiply_add;
+void attend(const AttentionCall& call, const AttentionKernels& kernels, const AttentionArguments& arguments) {
+  const SplitPolicy policy{
+      torch::stable::get_num_threads(),        arguments.num_splits, arguments.deterministic,
+      int64_t(arguments.query.element_size()), kernels.prefill_rows, kernels.bytes_per_multiply_add};
   static thread_local AttentionPlan plan_of_thread;
   AttentionPlan& plan = plan_of_thread;
   plan_attention(call, policy, plan);
@@ -66,13 +67,6 @@ Tensor run(const AttentionArguments& arguments, Tensor* lse) {
   const Tensor& query = arguments.query;
   check_positions(call, arguments.key_cache.size(0), arguments.block_table.size(1), arguments.max_query_len);
 
-  const SplitPolicy policy{torch::stable::get_num_threads(),
-                           arguments.num_splits,
-                           arguments.deterministic,
-                           int64_t(query.element_size()),
-                           0,
-                           0};
-
   Tensor out = torch::stable::new_empty(query, {call.num_tokens, call.num_heads, call.v_head_dim});
   call.out = out.mutable_data_ptr();
   if (lse) {
@@ -83,9 +77,9 @@ Tensor run(const AttentionArguments& arguments, Tensor* lse) {
 
   switch (query.scalar_type()) {
     case ScalarType::Double: attend_in_double(call); break;
-    case ScalarType::Float: attend(call, kernels.attention_float32, policy); break;
-    case ScalarType::BFloat16: attend(call, kernels.attention_bfloat16, policy); break;
-    default: attend(call, kernels.attention_float16, policy); break;
+    case ScalarType::Float: attend(call, kernels.attention_float32, arguments); break;
+    case ScalarType::BFloat16: attend(call, kernels.attention_bfloat16, arguments); break;
+    default: attend(call, kernels.attention_float16, arguments); break;
   }
   return out;
 }

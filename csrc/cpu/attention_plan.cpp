@@ -23,6 +23,14 @@ struct Cost {
   }
 };
 
+// Few enough that each thread gets a piece, but where that must not depend on the threads.
+int64_t rows_of_piece(const AttentionCall& call, const SplitPolicy& policy) {
+  constexpr int64_t kFixedRows = 256;
+  if (policy.deterministic) return std::min(policy.prefill_rows, kFixedRows);
+  const int64_t share = call.num_tokens * call.num_heads / policy.num_threads;
+  return std::clamp((share + kPrefillRows - 1) / kPrefillRows * kPrefillRows, kPrefillRows, policy.prefill_rows);
+}
+
 // Every row of the call, in pieces whose keys are not split yet.
 void list_pieces(const AttentionCall& call, int64_t most_rows, std::vector<AttentionWork>& pieces) {
   const int64_t group = call.num_heads / call.num_kv_heads;
@@ -126,7 +134,7 @@ void split_by_length(const std::vector<AttentionWork>& pieces, const SplitPolicy
 
 void plan_attention(const AttentionCall& call, const SplitPolicy& policy, AttentionPlan& plan) {
   static thread_local std::vector<AttentionWork> pieces;
-  list_pieces(call, policy.prefill_rows, pieces);
+  list_pieces(call, rows_of_piece(call, policy), pieces);
   const Cost cost{double(policy.element_size), double(call.head_dim + call.v_head_dim), policy.bytes_per_multiply_add};
   double total = 0;
   for (const AttentionWork& piece : pieces) total += cost.of(piece);

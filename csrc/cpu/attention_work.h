@@ -50,7 +50,7 @@ constexpr double kBytesPerMultiplyAdd = 0.3, kTileBytesPerMultiplyAdd = 0.02;
 // With AMX more rows share a tile, as its values are turned for all of them, and more keys lie between two updates.
 constexpr int64_t kTilePrefillRows = 1024, kWeighedKeys = 128;
 // Packed query, K, V, scores, weights and output, and the output of a panel of 32 rows as it is written.
-static inline int64_t tile_scratch_floats(const AttentionCall& call) {
+static inline int64_t amx_scratch_floats(const AttentionCall& call) {
   const int64_t k = padded(call.head_dim), v = padded(call.v_head_dim), decode = scratch_floats(call);
   const int64_t prefill = kTilePrefillRows * (k / 2 + v) + kWeighedKeys * (k + v + 96) / 2 + 32 * v;
   return prefill > decode ? prefill : decode;

@@ -56,11 +56,15 @@ PAGED_INSTRUCTION_SET(avx2)
 PAGED_INSTRUCTION_SET(avx512)
 PAGED_INSTRUCTION_SET(avx512bf16)
 namespace paged::amx {
+void attention_decode_bfloat16(const AttentionCall&, const AttentionWork*, int64_t, const AttentionWork*, float*,
+                               float*);
 void attention_prefill_bfloat16(const AttentionCall&, const AttentionWork&, float*, float*);
 cpu::MultiplyPanels multiply_panels;
 bool has_many_rows(const cpu::Linear&);
 cpu::MultiplyFewRows multiply_few_rows;
 cpu::MultiplyManyRows multiply_many_rows;
+int64_t few_rows_scratch_floats(const cpu::Linear&);
+int64_t many_rows_scratch_floats(const cpu::Linear&);
 }  // namespace paged::amx
 #endif
 
@@ -87,16 +91,17 @@ bool has_tiles() {
 }
 
 // AVX-512, and tiles for what multiplies matrices of bfloat16.
-constexpr CpuKernels with_tiles(CpuKernels set) {
+constexpr CpuKernels with_amx(CpuKernels set) {
   set.name = "amx";
   set.machine_has_it = has_tiles;
+  set.attention_bfloat16.decode = amx::attention_decode_bfloat16;
   set.attention_bfloat16.prefill = amx::attention_prefill_bfloat16;
   set.attention_bfloat16.prefill_rows = kTilePrefillRows;
-  set.attention_bfloat16.scratch_floats = tile_scratch_floats;
+  set.attention_bfloat16.scratch_floats = amx_scratch_floats;
   set.attention_bfloat16.bytes_per_multiply_add = kTileBytesPerMultiplyAdd;
   set.multiply_panels = amx::multiply_panels;
-  set.linear = {amx::has_many_rows, amx::multiply_few_rows, amx::multiply_many_rows, cpu::tile_scratch_floats,
-                cpu::tile_scratch_floats};
+  set.linear = {amx::has_many_rows, amx::multiply_few_rows, amx::multiply_many_rows, amx::few_rows_scratch_floats,
+                amx::many_rows_scratch_floats};
   return set;
 }
 #endif
@@ -116,7 +121,7 @@ constexpr CpuKernels kInstructionSets[] = {
     // A 4th generation Xeon has a dot product of bfloat16 every 2.1 cycles, 15 multiplications a cycle, and two
     // products of floats in each cycle, 32 multiplications.
     PAGED_KERNELS(avx512bf16, has_bfloat16_dots, [] { return !__builtin_cpu_is("intel"); }),
-    with_tiles(PAGED_KERNELS(avx512, yes, yes)),
+    with_amx(PAGED_KERNELS(avx512, yes, yes)),
 #endif
 };
 
@@ -125,7 +130,7 @@ const CpuKernels& choose() {
   const CpuKernels* best = nullptr;
   const bool free_choice = !wanted || !*wanted;
   for (const CpuKernels& set : kInstructionSets)
-    if (set.machine_has_it() && (free_choice ? set.machine_likes_it() : std::string(wanted) == set.name)) best = &set;
+    if ((free_choice ? set.machine_likes_it() : std::string(wanted) == set.name) && set.machine_has_it()) best = &set;
   if (!best)
     throw std::runtime_error("TORCH_PAGED_CPU_ISA: " + std::string(wanted) + "; must be one of " +
                              supported_instruction_sets() + " on this machine, or unset");

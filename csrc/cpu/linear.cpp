@@ -17,6 +17,9 @@ namespace {
 // Kept by the thread: fresh pages for each call would cost as much as a small layer.
 float* scratch(int64_t floats) {
   thread_local std::vector<float> kept;
+#if defined(__SANITIZE_ADDRESS__)
+  std::vector<float>().swap(kept);  // so that a kernel is seen to leave it, whatever calls came before
+#endif
   if (kept.size() < size_t(floats) + 16) kept.resize(size_t(floats) + 16);
   return kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64 / 4;
 }
@@ -81,7 +84,8 @@ void many_rows(const Linear& call) {
 
 void linear(const std::vector<Linear>& calls) {
   if (!cpu_kernels().linear.has_many_rows(calls.front())) return few_rows(calls);
-  for (const Linear& call : calls) many_rows(call);
+  for (const Linear& call : calls)
+    if (call.out_features > 0) many_rows(call);
 }
 
 }  // namespace paged::cpu

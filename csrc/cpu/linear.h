@@ -59,11 +59,11 @@ static inline int64_t many_rows_scratch_floats(const Linear&) {
   return kManyRows * kManyOutputs + (kManyRows + kMostOutputsAtOnce) * kManyInputs;
 }
 
-// With AMX the inputs alone are packed, in blocks of at most so many rows x inputs; sums are kept where there is more
-// than one block. The weights of kTileOutputs at a time are copied where they do not fill tiles.
+// With AMX the inputs of bfloat16 alone are packed, in blocks of at most so many rows x inputs, beside the sums of a
+// block of outputs. The weights of kTileOutputs at a time are copied where they do not fill tiles.
 constexpr int64_t kTilePackedInputs = kManyRows * 1024, kTileMostInputs = 8192, kTileOutputs = 32;
 
-static inline int64_t tile_scratch_floats(const Linear&) {
+static inline int64_t amx_scratch_floats(const Linear&) {
   return kManyRows * kManyOutputs + (kTilePackedInputs + kTileOutputs * kTileMostInputs) / 2;
 }
 

@@ -5,11 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <utility>
-#include <vector>
 
 #include "../checks.h"
 
@@ -72,29 +69,6 @@ void prefer_huge_pages(const Tensor& storage, int64_t begin, int64_t end) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-// Moves what tensors hold into large pages, where there are whole ones of memory that is theirs or lies between two
-// that are neighbours. How many bytes the kernel was asked to move; it leaves what it cannot, as memory of files.
-int64_t gather_in_huge_pages(const std::vector<Tensor>& tensors) {
-  constexpr int kCollapse = 25;             // MADV_COLLAPSE, of Linux 6.1
-  constexpr uintptr_t kBetween = 2 * 4096;  // at most what malloc leaves between two mappings
-  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
-  for (const Tensor& tensor : tensors) {
-    const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    ranges.push_back({first, first + uintptr_t(tensor.numel() * tensor.element_size())});
-  }
-  std::sort(ranges.begin(), ranges.end());
-  int64_t asked = 0;
-  for (size_t i = 0; i < ranges.size();) {
-    auto [first, last] = ranges[i];
-    for (++i; i < ranges.size() && ranges[i].first <= last + kBetween; ++i) last = std::max(last, ranges[i].second);
-    first = (first + kHugePage - 1) / kHugePage * kHugePage;
-    last = last / kHugePage * kHugePage;
-    if (first >= last || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) continue;
-    if (madvise(reinterpret_cast<void*>(first), last - first, kCollapse) == 0) asked += int64_t(last - first);
-  }
-  return asked;
-}
-
 }  // namespace
 }  // namespace paged
 
@@ -102,5 +76,4 @@ STABLE_TORCH_LIBRARY_IMPL(paged, CompositeExplicitAutograd, m) { m.impl("_reserv
 STABLE_TORCH_LIBRARY_IMPL(paged, CPU, m) {
   m.impl("_release_pages", TORCH_BOX(&paged::release_pages));
   m.impl("_prefer_huge_pages", TORCH_BOX(&paged::prefer_huge_pages));
-  m.impl("_gather_in_huge_pages", TORCH_BOX(&paged::gather_in_huge_pages));
 }

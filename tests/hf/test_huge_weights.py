@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import torch_paged
+from torch_paged import generate_many
 from torch_paged.hf import huge_weights
 
+from .many import prompts
 from .models import VOCAB, assert_same_tokens, batch, generate, tiny
 
 
@@ -20,7 +22,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The addresses of each call's tensors."""
     calls: list[list[int]] = []
 
-    def moving(tensors: Sequence[Tensor]) -> int:
+    def moving(tensors: Iterable[Tensor]) -> int:
         calls.append([tensor.data_ptr() for tensor in tensors])
         return 0
 
@@ -45,18 +47,21 @@ def test_the_knob(moved: list[list[int]]) -> None:
     assert len(moved) == 1
 
 
-def test_weights_that_are_no_plain_memory_of_the_cpu(moved: list[list[int]]) -> None:
-    class Weight(nn.Parameter):
-        pass
-
+def test_each_way_to_patch(moved: list[list[int]]) -> None:
     model = tiny("llama")
-    layer = model.model.layers[0].mlp
-    layer.up_proj.weight = Weight(layer.up_proj.weight.detach())
-    model.model.layers[1].mlp.to("meta")
-    plain = [each for each in model.parameters() if type(each) is nn.Parameter and each.device.type == "cpu"]
-    torch_paged.patch(model)
-    assert moved == [[weight.data_ptr() for weight in plain]]
-    assert len(plain) == len(list(model.parameters())) - 4
+    with torch_paged.paged(model):
+        pass
+    list(generate_many(model, prompts([3, 5]), max_new_tokens=2, eos_token_id=None))
+    assert len(moved) == 2
+
+
+def test_sparse_weights_do_not_keep_a_model_from_being_patched() -> None:
+    model = tiny("llama")
+    model.sparse = nn.Parameter(torch.eye(3).to_sparse_csr(), requires_grad=False)
+    handle = torch_paged.patch(model)
+    assert handle.patched
+    torch_paged.unpatch(model)
+    assert not handle.patched
 
 
 def test_tokens_are_those_of_stock() -> None:

@@ -1,14 +1,16 @@
 """gather_in_huge_pages: the kernel's own count of large pages, and that nothing else changes."""
 
+import ctypes
 import mmap
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from torch_paged.ops import huge_pages
-from torch_paged.ops.huge_pages import gather_in_huge_pages
+from torch_paged.ops import gather_in_huge_pages as module
+from torch_paged.ops.gather_in_huge_pages import gather_in_huge_pages
 
 HUGE = 2 << 20
 STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -31,7 +33,9 @@ def small_pages(nbytes: int) -> torch.Tensor:
     area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_NOHUGEPAGE)
     tensor = torch.frombuffer(area, dtype=torch.uint8)
-    return tensor.random_(generator=torch.Generator().manual_seed(0))
+    tensor.random_(generator=torch.Generator().manual_seed(0))
+    area.madvise(mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def kernel_can() -> bool:
@@ -54,28 +58,73 @@ def test_values_and_addresses_stay():
 
 @needs_collapse
 def test_neighbours_share_a_page():
-    area = small_pages(8 * HUGE)
-    pieces = list(area.split(HUGE // 2))
-    assert gather_in_huge_pages(pieces[::-1]) >= 7 * HUGE
-    alone = small_pages(8 * HUGE)
-    assert gather_in_huge_pages(list(alone.split(HUGE // 2))[::2]) == 0
-    assert in_huge_pages(alone) == 0
+    def pieces(count):
+        area = mmap.mmap(-1, 8 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        size = 8 * HUGE // count
+        return [torch.frombuffer(area, dtype=torch.uint8, count=size, offset=i * size).fill_(i) for i in range(count)]
+
+    neighbours, apart = pieces(16), pieces(16)[::2]
+    assert gather_in_huge_pages(neighbours[::-1]) >= 7 * HUGE
+    assert gather_in_huge_pages(apart) == 0 and in_huge_pages(apart[0]) == 0
+    assert all((piece == i).all() for i, piece in enumerate(neighbours))
+
+
+@needs_collapse
+def test_a_hole_keeps_nothing_else_back():
+    area = mmap.mmap(-1, 16 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(area, dtype=torch.uint8).fill_(1)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr() + 8 * HUGE), 4096, mmap.PROT_READ) == 0
+    assert gather_in_huge_pages([tensor]) >= 13 * HUGE
+
+
+@needs_collapse
+@pytest.mark.parametrize("flags", [mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, "file"])
+def test_shared_memory_and_files_are_left_alone(flags, tmp_path):
+    if flags == "file":
+        path = tmp_path / "weights"
+        path.write_bytes(bytes(8 * HUGE))
+        tensor = torch.from_file(str(path), shared=False, size=8 * HUGE, dtype=torch.uint8)
+    else:
+        tensor = torch.frombuffer(mmap.mmap(-1, 8 * HUGE, flags=flags), dtype=torch.uint8)
+    tensor.fill_(1)
+    assert gather_in_huge_pages([tensor]) == 0
+
+
+@needs_collapse
+def test_what_a_fork_shares_is_left_alone():
+    tensor = small_pages(8 * HUGE)
+    child = os.fork()
+    if child == 0:
+        os._exit(int(gather_in_huge_pages([tensor]) != 0))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_nothing_to_move():
     assert gather_in_huge_pages([]) == 0
-    assert gather_in_huge_pages([torch.empty(0), torch.ones(3)]) == 0
+    others = [torch.ones(3, 3).to_sparse(), torch.empty(3, device="meta")]
+    assert gather_in_huge_pages([torch.empty(0), torch.ones(3), torch.zeros(1).expand(10**9), *others]) == 0
 
 
 def test_a_system_set_to_never_use_them_is_left_alone(tmp_path, monkeypatch):
     state = tmp_path / "enabled"
     state.write_text("always madvise [never]\n")
-    monkeypatch.setattr(huge_pages, "_STATE", state)
+    monkeypatch.setattr(module, "_STATE", state)
     tensor = small_pages(8 * HUGE)
     assert gather_in_huge_pages([tensor]) == 0 and in_huge_pages(tensor) == 0
-    monkeypatch.setattr(huge_pages, "_STATE", tmp_path / "missing")
+    monkeypatch.setattr(module, "_STATE", tmp_path / "missing")
     assert gather_in_huge_pages([tensor]) == 0 and in_huge_pages(tensor) == 0
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.paged._gather_in_huge_pages, ([torch.ones(4), torch.ones(2)],))
+    storages = [torch.ones(size, dtype=torch.uint8) for size in (4, 2)]
+    torch.library.opcheck(torch.ops.paged._gather_in_huge_pages, (storages,))
+
+
+@pytest.mark.parametrize(
+    "storage, message",
+    [(torch.ones(4), "storages: float32; must be uint8"), (torch.ones(2, 2).byte(), "storages: shape .*; must be 1-D")],
+)
+def test_rejects(storage, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.paged._gather_in_huge_pages([storage])

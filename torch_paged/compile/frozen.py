@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torch_paged.ops.huge_pages import gather_in_huge_pages
+from torch_paged.ops.gather_in_huge_pages import gather_in_huge_pages
 
 Make = Callable[[Sequence[Tensor]], Tensor]
 
@@ -61,7 +61,7 @@ class DerivedInputs:
             forgotten = _forgotten.times
             tensors = [each.tensor(inputs) for each in self._derived]
         if self._huge_pages:
-            gather_in_huge_pages([tensor for tensor in tensors if tensor.device.type == "cpu"])
+            gather_in_huge_pages(tensors)
         sources = [(place, weakref.ref(inputs[place]), _facts([inputs[place]])) for place in self._places]
         self._last = _Seen(forgotten, sources, [weakref.ref(tensor) for tensor in tensors])
         return tensors

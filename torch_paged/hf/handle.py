@@ -19,7 +19,6 @@ from torch_paged.hf.compiled import Compiled, user_compiled
 from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.disguise import undisguise
 from torch_paged.hf.family import family
-from torch_paged.hf.huge_weights import gather_weights
 from torch_paged.hf.line import Line
 from torch_paged.hf.paged_model import is_plain_dynamic, paged_class
 from torch_paged.hf.pools import Pools
@@ -109,8 +108,6 @@ class PagedHandle:
             self._uninstall.atexit = False
             family(model.config.model_type).install(model)
             fast_layers.install(model)
-        if self.config.huge_pages:
-            gather_weights(model)
 
     @property
     def settings(self) -> tuple[PagedConfig, Pools, Prefixes]:
@@ -140,8 +137,6 @@ class PagedHandle:
                 f"{self._voice.name} is patched with {self.config} and {live} of its caches hold blocks: "
                 "delete the past_key_values that generate returned, or unpatch, before choosing other knobs"
             )
-        if model is not None and config.huge_pages:
-            gather_weights(model)
         pools = Pools(config)
         self.settings = config, pools, Prefixes(pools)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from torch_paged.hf.config import PagedConfig
 from torch_paged.hf.handle import PagedHandle, patching
+from torch_paged.hf.huge_weights import gather_weights
 
 _handles: weakref.WeakKeyDictionary[nn.Module, PagedHandle] = weakref.WeakKeyDictionary()
 # How many borrow a model that nobody else has patched.
@@ -37,10 +38,12 @@ def patch(model: nn.Module, **knobs: Any) -> PagedHandle:
         ValueError: `model` cannot generate, a knob is out of range, or `strict` and the model does not run natively.
         RuntimeError: other knobs while a cache of the model holds blocks.
     """
+    inner = unwrap(model)
     with patching:
-        handle = _patch(unwrap(model), PagedConfig(**knobs))
+        handle = _patch(inner, PagedConfig(**knobs))
         _borrowers.pop(handle, None)
-        return handle
+    _gather(inner, handle)
+    return handle
 
 
 def unpatch(model: nn.Module) -> None:
@@ -76,6 +79,7 @@ def paged(model: nn.Module, **knobs: Any) -> Iterator[PagedHandle]:
         settings = outer.settings if outer is not None and outer.patched else None
         handle = _patch(inner, PagedConfig(**knobs))
     try:
+        _gather(inner, handle)
         yield handle
     finally:
         with patching:
@@ -103,6 +107,7 @@ class Borrowed:
             if handle in _borrowers:
                 _borrowers[handle] += 1
         self._handle = handle
+        _gather(self._model, handle)
         return handle
 
     def __exit__(self, *exception: object) -> None:
@@ -123,6 +128,12 @@ def _patch(model: PreTrainedModel, config: PagedConfig) -> PagedHandle:
     handle.install()
     _handles[model] = handle
     return handle
+
+
+def _gather(model: PreTrainedModel, handle: PagedHandle) -> None:
+    """Not under the lock: others would wait for seconds."""
+    if handle.config.huge_pages:
+        gather_weights(model)
 
 
 def handle_of(model: PreTrainedModel) -> PagedHandle | None:

@@ -12,9 +12,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `input @ weight.T + bias`, summed in float32 and rounded once.
 
     A row's result does not depend on the other rows, only, in its last bits, on their number: few, always up to 12 and
-    never more than 28, are multiplied by weights that stay where they are, at the speed of memory for those of a decode
+    never more than 32, are multiplied by weights that stay where they are, at the speed of memory for those of a decode
     step; for many blocks of both are packed, at the speed of arithmetic, as floats where the instruction set in use has
-    no dot products of bfloat16.
+    no dot products of bfloat16. With AMX weights of bfloat16 always stay where they are, and the number does not
+    matter. These dot products and AMX take denormal numbers for zero.
 
     Args:
         input: `[..., in_features]`, float32, bfloat16 or float16, on a CPU; contiguous, but a matrix may be so in its

@@ -178,10 +178,12 @@ class TilePrefill {
         if (panel.begin[next] != panel.begin[row] || panel.end[next] != panel.end[row]) break;
       turn_values(n, max(max(panel.begin[row], work_.key_begin) - first, 0), min(panel.end[row] - first, n));
       for (int64_t d = 0; d < value_width_; d += kChunk) {
-        add_values(p, keys, d, scores_, true);
+        // In the same order as all rows together, so that the sums of a row are the same to the last bit.
+        float* const sums = accumulated_of(p) + d * kPanelColumns;
+        std::memcpy(scores_, sums, kChunk * kPanelColumns * sizeof(float));
+        add_values(p, keys, d, scores_, false);
         for (int64_t e = 0; e < kChunk; ++e)
-          for (int64_t r = row; r < next; ++r)
-            accumulated_of(p)[(d + e) * kPanelColumns + r] += scores_[e * kPanelColumns + r];
+          std::memcpy(sums + e * kPanelColumns + row, scores_ + e * kPanelColumns + row, (next - row) * sizeof(float));
       }
     }
     turn_values(n, max(work_.key_begin - first, 0), n);

@@ -32,8 +32,8 @@ constexpr int64_t kWrittenOutputs = 256;
 
 PAGED_INLINE int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-// Where the weights of some outputs and inputs are, in the order in which they are used: outputs, then inputs, then
-// weights.
+// Where the weights of some outputs and inputs are. In the order in which they are used weights change fastest, then
+// the outputs of a block, then its inputs, then blocks.
 struct Place {
   int64_t input, output;
   int weight;
@@ -201,6 +201,14 @@ bool has_tiles_for(const Linear& call) { return call.element == Element::kBFloat
 
 bool has_many_rows(const Linear& call) {
   return has_tiles_for(call) ? call.num_rows > kPanelColumns : avx512::has_many_rows(call);
+}
+
+int64_t few_rows_scratch_floats(const Linear& call) {
+  return has_tiles_for(call) ? cpu::amx_scratch_floats(call) : cpu::few_rows_scratch_floats(call);
+}
+
+int64_t many_rows_scratch_floats(const Linear& call) {
+  return has_tiles_for(call) ? cpu::amx_scratch_floats(call) : cpu::many_rows_scratch_floats(call);
 }
 
 void multiply_few_rows(const Linear& call, int64_t begin, int64_t end, float* scratch) {

@@ -11,13 +11,33 @@ namespace {
 constexpr int kTileRows = 16, kTileElements = 32;
 constexpr int64_t kRowBytes = 64, kTileBytes = kTileRows * kRowBytes;
 
+// Of the eight tiles. What is beyond a tile's rows and bytes is neither loaded nor stored.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, first_row = 0, unused[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  constexpr void set(int tile, int64_t num_rows, int64_t bytes) {
+    rows[tile] = uint8_t(num_rows);
+    row_bytes[tile] = uint16_t(bytes);
+  }
+};
+
+constexpr TileShapes whole_tiles() {
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kTileRows, kRowBytes);
+  return shapes;
+}
+
 #if defined(PAGED_SOFTWARE_TILES)
 
 // For the sanitizers, which see no memory that assembly touches, and for machines without the unit.
 inline thread_local char software_tiles[8][kTileRows][kRowBytes];
+inline thread_local TileShapes software_shapes;
 
 template <class Run>
-PAGED_INLINE void with_tiles(const Run& run) {
+PAGED_INLINE void with_tiles(const TileShapes& shapes, const Run& run) {
+  software_shapes = shapes;
   run();
 }
 
@@ -27,13 +47,14 @@ PAGED_INLINE void clear_tile() {
 }
 template <int tile>
 PAGED_INLINE void load_tile(const void* from, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r)
-    std::memcpy(software_tiles[tile][r], static_cast<const char*>(from) + r * stride, kRowBytes);
+  clear_tile<tile>();
+  for (int r = 0; r < software_shapes.rows[tile]; ++r)
+    std::memcpy(software_tiles[tile][r], static_cast<const char*>(from) + r * stride, software_shapes.row_bytes[tile]);
 }
 template <int tile>
 PAGED_INLINE void store_tile(void* to, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r)
-    std::memcpy(static_cast<char*>(to) + r * stride, software_tiles[tile][r], kRowBytes);
+  for (int r = 0; r < software_shapes.rows[tile]; ++r)
+    std::memcpy(static_cast<char*>(to) + r * stride, software_tiles[tile][r], software_shapes.row_bytes[tile]);
 }
 template <int sum, int left, int right>
 PAGED_INLINE void multiply_tiles() {
@@ -52,23 +73,10 @@ PAGED_INLINE void multiply_tiles() {
 
 #else
 
-struct alignas(64) TileConfiguration {
-  uint8_t palette, first_row, unused[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
 // Runs what uses tiles. With their registers in use, a switch of threads saves 8 KiB.
 template <class Run>
-PAGED_INLINE void with_tiles(const Run& run) {
-  constexpr uint16_t bytes = kRowBytes;
-  constexpr uint8_t rows = kTileRows;
-  static constexpr TileConfiguration configuration = {1,
-                                                      0,
-                                                      {},
-                                                      {bytes, bytes, bytes, bytes, bytes, bytes, bytes, bytes},
-                                                      {rows, rows, rows, rows, rows, rows, rows, rows}};
-  asm volatile("ldtilecfg %0" ::"m"(configuration));
+PAGED_INLINE void with_tiles(const TileShapes& shapes, const Run& run) {
+  asm volatile("ldtilecfg %0" ::"m"(shapes));
   run();  // nothing in it throws
   asm volatile("tilerelease");
 }
@@ -92,6 +100,12 @@ PAGED_INLINE void multiply_tiles() {
 }
 
 #endif
+
+template <class Run>
+PAGED_INLINE void with_tiles(const Run& run) {
+  static constexpr TileShapes shapes = whole_tiles();
+  with_tiles(shapes, run);
+}
 
 // The left factor of a product: one or two tiles of rows as they are stored, `stride` bytes apart, of which each step
 // takes 32 elements, `step` bytes behind those before.

@@ -18,7 +18,7 @@ struct PanelKeys {
 
 // 2^x, 0 for minus infinity; NaN stays NaN. Relative error 3e-6, where bfloat16's is 2e-3.
 PAGED_INLINE Vec exp2_for_bfloat16(Vec x) {
-  constexpr int kFraction = 1;  // what is left of x below the next whole number
+  constexpr int kFraction = 1;  // x less the largest whole number below it
   const Vec r = (Vec)_mm512_reduce_ps((__m512)x, kFraction);
   Vec p = splat(1.3534167e-2f);
   p = p * r + 5.2011464e-2f;
@@ -76,8 +76,8 @@ struct WeighedRows {
     for (; k < end; ++k) largest[0] = larger(score(k), largest[0]);
     const Vec in_all = larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])) * scale;
 
-    // A maximum may stay behind by so much, so that what was summed before is seldom multiplied (Dao et al.,
-    // FlashAttention-4, 2026).
+    // A maximum may stay behind by so much, so that what was summed before is seldom multiplied, as in
+    // FlashAttention-4.
     constexpr float kBehind = 8;
     const Vec before = load(rows.maximum + vector * kLanes), after = select(in_all > before + kBehind, in_all, before);
     const Vec reference = select(after == -kInfinity, Vec{}, after);
