@@ -20,8 +20,9 @@ static_assert(kPanel == kPanelColumns && kRowBlock == 2 * kTileRows);
 
 // Rows that are copied at a time, and then multiplied by one panel after the other.
 constexpr int64_t kRows = 2 * kRowBlock;
-// As far ahead as weights are fetched from memory.
-constexpr int64_t kStepsAhead = 4;
+// As far ahead as weights are fetched from memory. 2 cores of a Xeon with AMX, 9,728 x 896, GB/s with 4 steps into the
+// first-level cache and with 16 into the second: 8 rows 24.6 and 24.9, 32 rows 20.7 and 23.0, 64 rows 14.8 and 17.1.
+constexpr int64_t kStepsAhead = 16;
 
 // Rows [first_row, first_row + rows), and zeros up to `width` elements and a whole number of tiles.
 void copy_rows(const PackedLinear& call, int64_t first_row, int64_t rows, int64_t width, BFloat16* to) {
@@ -68,7 +69,7 @@ void multiply(const PackedLinear& call, int64_t begin, int64_t end, float* scrat
         add_tiles(tall, 2, left_from(0), {weights}, whole, sums, kPanel, true, [&](int64_t step) PAGED_INLINED {
           if (row > 0) return;
           const uint32_t* const ahead = weights + (step + kStepsAhead) * kTileRows * kPanel;
-          for (int64_t line = 0; line < kTileRows * kPanel; line += kLanes) __builtin_prefetch(ahead + line);
+          for (int64_t line = 0; line < kTileRows * kPanel; line += kLanes) __builtin_prefetch(ahead + line, 0, 2);
         });
         if (rest) {
           uint32_t last[kTileRows * kPanel] = {};
