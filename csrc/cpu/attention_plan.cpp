@@ -26,7 +26,7 @@ struct Cost {
 // Few enough that each thread gets a piece, but where that must not depend on the threads.
 int64_t rows_of_piece(const AttentionCall& call, const SplitPolicy& policy) {
   constexpr int64_t kFixedRows = 256;
-  if (policy.deterministic) return std::min(policy.prefill_rows, kFixedRows);
+  if (policy.deterministic || policy.num_splits > 0) return std::min(policy.prefill_rows, kFixedRows);
   const int64_t share = call.num_tokens * call.num_heads / policy.num_threads;
   return std::clamp((share + kPrefillRows - 1) / kPrefillRows * kPrefillRows, kPrefillRows, policy.prefill_rows);
 }

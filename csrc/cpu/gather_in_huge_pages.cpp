@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -16,9 +17,9 @@
 namespace paged {
 namespace {
 
-constexpr uintptr_t kHugePage = 2 << 20;  // bytes: of x86-64, and of aarch64 with pages of 4 KiB
-constexpr uintptr_t kNeighbours = 8192;   // bytes, at most what malloc leaves between two mappings
-constexpr int kCollapse = 25;             // MADV_COLLAPSE, of Linux 6.1
+constexpr uintptr_t kPage = 4096, kHugePage = 2 << 20;  // bytes
+constexpr uintptr_t kNeighbours = 8192;                 // bytes, at most what malloc leaves between two mappings
+constexpr int kCollapse = 25;                           // MADV_COLLAPSE, of Linux 6.1
 
 using Range = std::pair<uintptr_t, uintptr_t>;
 
@@ -56,16 +57,18 @@ std::vector<Range> private_mappings() {
   return mappings;
 }
 
-// Whether the page is in memory and no other process has it too: after a fork it would be copied.
+// Whether all of a large page is in memory and no other process has a part of it too: after a fork it would be copied.
 bool is_own(int pagemap, uintptr_t address) {
   constexpr uint64_t kOwn = 1ull << 56, kPresent = 1ull << 63;
-  uint64_t entry = 0;
-  const off_t at = off_t(address / uintptr_t(sysconf(_SC_PAGESIZE)) * sizeof entry);
-  return pread(pagemap, &entry, sizeof entry, at) == sizeof entry && (entry & kOwn) && (entry & kPresent);
+  uint64_t entries[kHugePage / kPage];
+  if (pread(pagemap, entries, sizeof entries, off_t(address / kPage * sizeof *entries)) != sizeof entries) return false;
+  return std::all_of(std::begin(entries), std::end(entries),
+                     [](uint64_t entry) { return (entry & kOwn) && (entry & kPresent); });
 }
 
 int64_t gather_in_huge_pages(const std::vector<Tensor>& storages) {
   const std::vector<Range> wanted = ranges_of(storages), mappings = private_mappings();
+  if (sysconf(_SC_PAGESIZE) != long(kPage)) return 0;
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (pagemap < 0) return 0;
   int64_t moved = 0;

@@ -47,12 +47,39 @@ def test_the_knob(moved: list[list[int]]) -> None:
     assert len(moved) == 1
 
 
-def test_each_way_to_patch(moved: list[list[int]]) -> None:
+def test_once_whichever_way_the_model_is_patched(moved: list[list[int]]) -> None:
     model = tiny("llama")
-    with torch_paged.paged(model):
-        pass
-    list(generate_many(model, prompts([3, 5]), max_new_tokens=2, eos_token_id=None))
+    for _ in range(2):
+        with torch_paged.paged(model):
+            pass
+        list(generate_many(model, prompts([3, 5]), max_new_tokens=2, eos_token_id=None))
+        torch_paged.patch(model)
+        torch_paged.unpatch(model)
+    assert len(moved) == 1
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    torch_paged.patch(model)
     assert len(moved) == 2
+
+
+def test_an_interruption_leaves_nobody_s_model_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(tensors: Iterable[Tensor]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huge_weights, "gather_in_huge_pages", interrupted)
+    model = tiny("llama")
+    stock = type(model)
+    with pytest.raises(KeyboardInterrupt):
+        list(generate_many(model, prompts([3, 5]), max_new_tokens=2))
+    assert type(model) is stock
+    with pytest.raises(KeyboardInterrupt), torch_paged.paged(model):
+        pass
+    assert type(model) is stock
+
+
+def test_whatever_the_default_device_is() -> None:
+    model = tiny("llama")
+    with torch.device("meta"):
+        torch_paged.patch(model)
 
 
 def test_sparse_weights_do_not_keep_a_model_from_being_patched() -> None:

@@ -92,10 +92,12 @@ def test_shared_memory_and_files_are_left_alone(flags, tmp_path):
 
 
 @needs_collapse
-def test_what_a_fork_shares_is_left_alone():
+@pytest.mark.parametrize("written", [0, 5000])
+def test_what_a_fork_shares_is_left_alone(written):
     tensor = small_pages(8 * HUGE)
     child = os.fork()
     if child == 0:
+        tensor.view(-1, HUGE)[:, written] = 1
         os._exit(int(gather_in_huge_pages([tensor]) != 0))
     assert os.waitpid(child, 0)[1] == 0
 

@@ -16,8 +16,8 @@ class CompileOptions:
         prepack: on a CPU, run linear layers over packed weights, `packed_linear`. As above; one copy serves both.
             Layers of more than 64 rows run by `linear` and `gated_linear`, over the weights as they are, where these
             are fast.
-        huge_pages: under Linux, merged and packed weights on a CPU lie in pages of 2 MiB, where products read them a
-            quarter faster.
+        huge_pages: under Linux 6.1 and newer, merged and packed weights on a CPU lie in pages of 2 MiB, where products
+            read them a quarter faster.
         choose_early: where a graph chooses tokens, `hidden_states[:, logits_to_keep]`, compute the others only up to
             where tokens last see one another: the last layer's attention.
         cuda_graphs: replay graphs as CUDA graphs, one for each combination of sizes: those whose sizes are all known,

@@ -107,7 +107,11 @@ class Borrowed:
             if handle in _borrowers:
                 _borrowers[handle] += 1
         self._handle = handle
-        _gather(self._model, handle)
+        try:
+            _gather(self._model, handle)
+        except BaseException:
+            self.__exit__()
+            raise
         return handle
 
     def __exit__(self, *exception: object) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from torch_paged.ops._library import define, fake
 
@@ -17,8 +18,8 @@ def gather_in_huge_pages(tensors: Iterable[Tensor]) -> int:
     """Move the memory of tensors into pages of 2 MiB, in place: values and addresses stay.
 
     Takes one to three seconds for a gigabyte, once. Leaves alone what is no plain memory of the CPU, what lies in a
-    mapped file or in memory that is shared, as that of a process before a fork; does nothing before Linux 6.1 and where
-    the system is set to never use such pages.
+    mapped file or in memory that is shared, as that of a process before a fork; does nothing before Linux 6.1, where
+    pages are not of 4 KiB, and where the system is set to never use such pages.
 
     Args:
         tensors: of any kind; what lies between two that are neighbours moves with them.
@@ -26,19 +27,30 @@ def gather_in_huge_pages(tensors: Iterable[Tensor]) -> int:
     Returns:
         Bytes that lie in such pages now.
     """
-    storages = {}
-    for tensor in tensors:
-        if tensor.layout is torch.strided and tensor.device.type == "cpu" and type(tensor) in _PLAIN:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage
-    if not storages or not _STATE.exists() or "[never]" in _STATE.read_text():
+    storages = plain_storages(tensors)
+    if not storages or not _system_has_them():
         return 0
-    bytes_of = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
+    # Whatever the default device is.
+    bytes_of = [torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage) for storage in storages.values()]
     nbytes: int = torch.ops.paged._gather_in_huge_pages(bytes_of)
     return nbytes
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def plain_storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Return the storages of those that are plain memory of the CPU, by address."""
+    storages = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided and tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+    return storages
+
+
+def _system_has_them() -> bool:
+    try:
+        return "[never]" not in _STATE.read_text()
+    except OSError:
+        return False
 
 
 @fake("_gather_in_huge_pages")

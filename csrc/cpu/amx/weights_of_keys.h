@@ -38,14 +38,10 @@ void pack_weights(const float* weights, int64_t keys, uint32_t* tile) {
   for (int r = 0; r < period; ++r) store_as(tile + r * kTileRows, pairs[r]);
 }
 
-// Of `keys` keys, at most 32.
+// Of `keys` keys, at most 32, for 3 rows and more.
 static inline void pack_weights(const float* weights, int period, int64_t keys, uint32_t* tile) {
-  switch (period) {
-    case 1: return pack_weights<1>(weights, keys, tile);
-    case 2: return pack_weights<2>(weights, keys, tile);
-    case 4: return pack_weights<4>(weights, keys, tile);
-    default: return pack_weights<8>(weights, keys, tile);
-  }
+  if (period == 4) return pack_weights<4>(weights, keys, tile);
+  pack_weights<8>(weights, keys, tile);
 }
 
 }  // namespace
