@@ -28,13 +28,31 @@ def in_huge_pages(tensor: torch.Tensor) -> int:
     return nbytes
 
 
+def mapping(nbytes: int, count: int = 1) -> list[torch.Tensor]:
+    """Storages side by side, between pages of another kind, so that the kernel counts them apart from the rest."""
+    area = mmap.mmap(-1, nbytes + 2 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size = nbytes // count
+    tensors = [
+        torch.frombuffer(area, dtype=torch.uint8, offset=mmap.PAGESIZE + i * size, count=size) for i in range(count)
+    ]
+    for edge in (tensors[0].data_ptr() - mmap.PAGESIZE, tensors[0].data_ptr() + nbytes):
+        protect(edge)
+    return tensors
+
+
+def protect(address: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ) == 0
+
+
 def small_pages(nbytes: int) -> torch.Tensor:
-    """Random bytes in a mapping of their own."""
-    area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area.madvise(mmap.MADV_NOHUGEPAGE)
-    tensor = torch.frombuffer(area, dtype=torch.uint8)
-    tensor.random_(generator=torch.Generator().manual_seed(0))
-    area.madvise(mmap.MADV_HUGEPAGE)
+    """Random bytes in pages of 4 KiB, which may become large ones."""
+    (tensor,) = mapping(nbytes)
+    libc = ctypes.CDLL(None)
+    for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_HUGEPAGE):
+        libc.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(nbytes), advice)
+        if advice == mmap.MADV_NOHUGEPAGE:
+            tensor.random_(generator=torch.Generator().manual_seed(0))
     return tensor
 
 
@@ -58,12 +76,9 @@ def test_values_and_addresses_stay():
 
 @needs_collapse
 def test_neighbours_share_a_page():
-    def pieces(count):
-        area = mmap.mmap(-1, 8 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        size = 8 * HUGE // count
-        return [torch.frombuffer(area, dtype=torch.uint8, count=size, offset=i * size).fill_(i) for i in range(count)]
-
-    neighbours, apart = pieces(16), pieces(16)[::2]
+    neighbours, apart = mapping(8 * HUGE, 16), mapping(8 * HUGE, 16)[::2]
+    for i, piece in enumerate(neighbours + apart):
+        piece.fill_(i)
     assert gather_in_huge_pages(neighbours[::-1]) >= 7 * HUGE
     assert gather_in_huge_pages(apart) == 0 and in_huge_pages(apart[0]) == 0
     assert all((piece == i).all() for i, piece in enumerate(neighbours))
@@ -71,10 +86,9 @@ def test_neighbours_share_a_page():
 
 @needs_collapse
 def test_a_hole_keeps_nothing_else_back():
-    area = mmap.mmap(-1, 16 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    tensor = torch.frombuffer(area, dtype=torch.uint8).fill_(1)
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr() + 8 * HUGE), 4096, mmap.PROT_READ) == 0
+    (tensor,) = mapping(16 * HUGE)
+    tensor.fill_(1)
+    protect(tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE + 8 * HUGE)
     assert gather_in_huge_pages([tensor]) >= 13 * HUGE
 
 
