@@ -67,8 +67,9 @@ bool is_own(int pagemap, uintptr_t address) {
 }
 
 int64_t gather_in_huge_pages(const std::vector<Tensor>& storages) {
-  const std::vector<Range> wanted = ranges_of(storages), mappings = private_mappings();
+  const std::vector<Range> wanted = ranges_of(storages);
   if (sysconf(_SC_PAGESIZE) != long(kPage)) return 0;
+  const std::vector<Range> mappings = private_mappings();
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (pagemap < 0) return 0;
   int64_t moved = 0;

@@ -157,6 +157,11 @@ PAGED_INLINE Chunk load_chunk(const Float16* from) { return {widen(from), widen(
 PAGED_INLINE Chunk split(BitVec pairs) { return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000)}; }
 PAGED_INLINE Chunk load_chunk(const BFloat16* from) { return split(load_as<BitVec>(from)); }
 
+// A lane has an element of each of two rows of bfloat16, of the even, then of the odd elements.
+PAGED_INLINE Chunk pair_rows(BitVec first, BitVec second) {
+  return {(Vec)((first & 0xffff) | second << 16), (Vec)(first >> 16 | (second & 0xffff0000))};
+}
+
 // kLanes elements of two rows: each vector holds elements of a in its first half, the same ones of b in its second.
 PAGED_INLINE Chunk load_halves(const float* a, const float* b) {
   return {join<Vec>(a, b), join<Vec>(a + kLanes / 2, b + kLanes / 2)};

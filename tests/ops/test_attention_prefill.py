@@ -10,7 +10,6 @@ from torch_paged import ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Groups of 4 heads: 1,200 rows, of which no piece takes more than 1,024; pieces that begin and end within blocks.
 ROWS = [(300, 700), (17, 133), (5, 390), (1, 129)]
-# Bytes per multiplication differ; so does where pieces are cut.
 CASES = {
     "plain": ({}, {}),
     "bidirectional": ({}, {"causal": False}),

@@ -50,10 +50,10 @@ class PagedConfig:
             these are faster: with few rows (up to 64), and on x86 CPUs with any number in bfloat16, without AMX in
             float16, and in float32 where the CPU has no AMX but fast dot products of bfloat16. False: by PyTorch,
             whose results differ in the last bits.
-        huge_pages: under Linux 6.1, weights on the CPU are moved into pages of 2 MiB when the model is patched, in
-            place, as decode steps read them a quarter faster from there; takes one to three seconds for a gigabyte,
-            once. Not what lies in a mapped file or in memory shared with other processes, and not where the system is
-            set to never use such pages.
+        huge_pages: under Linux 6.1 and newer, weights on the CPU are moved into pages of 2 MiB when the model is
+            patched, in place, as products read them a quarter faster from there (2 cores of a Xeon); takes one to three
+            seconds for a gigabyte, once. Not what lies in a mapped file or in memory shared with other processes, and
+            not where the system is set to never use such pages.
         strict: raise instead of warning where a model or a call cannot run natively.
 
     Raises:

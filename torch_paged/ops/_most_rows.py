@@ -18,7 +18,7 @@ def most_rows(dtype: torch.dtype) -> int:
     295 and 290; held to AVX-512 without half precision 61 and 289, 25 and 247; held to AVX2 26 and 134, 28 and 130. 2
     cores of an AMD EPYC, Zen 4, 2026-11-30, bfloat16 393 and 403 (128 rows 367 and 408), float32 169 and 200 (896 x
     4,864: 193 and 205). 2 cores of a Xeon with AMX, 2026-11-30, bfloat16 1,620 to 2,030 and 1,670 to 1,970 (128 rows
-    970 and 1,330), float16 280 and 250, float32 300 and 240.
+    910 to 990 and 1,270 to 1,400), float16 280 and 250, float32 300 and 240.
     """
     halves = {torch.bfloat16, torch.float16}
     many = {"avx2": halves, "avx512": halves, "avx512bf16": halves | {torch.float32}}

@@ -110,8 +110,9 @@ struct TileProducts {
       next.prefetch<kChunk>();
       next.prefetch<kChunk>();
       const int64_t row = pair_of(k, period) * kTileRows;
-      store_as(tiles[0] + row, (first & 0xffff) | second << 16);
-      store_as(tiles[1] + row, first >> 16 | (second & 0xffff0000));
+      const Chunk pairs = pair_rows(first, second);
+      store_as(tiles[0] + row, pairs.first);
+      store_as(tiles[1] + row, pairs.second);
     }
   }
 };

@@ -88,13 +88,14 @@ class TilePrefill {
     for (int64_t k = 0; k < n; k += kTileRows)
       key_tiles_[k / kTileRows] = in_place_ ? cached_[k] : keys_ + k * key_width_;
     if (in_place_) return;
-    for (int64_t k = 0; k < n; ++k)
-      for (int64_t d = 0; d < key_width_; d += kChunk) {
-        BFloat16* const to = keys_ + k * key_width_ + d;
-        const int64_t size = min(kChunk, call_.head_dim - d);
-        std::memset(static_cast<void*>(to), 0, kChunk * sizeof(BFloat16));
-        for (int64_t i = 0; i < size; ++i) to[i] = cached_[k][(d + i) * call_.key.dim];
-      }
+    std::memset(static_cast<void*>(keys_), 0, n * key_width_ * sizeof(BFloat16));
+    for (int64_t k = 0; k < n; ++k) {
+      BFloat16* const to = keys_ + k * key_width_;
+      if (call_.key.dim == 1)
+        std::memcpy(static_cast<void*>(to), cached_[k], call_.head_dim * sizeof(BFloat16));
+      else
+        for (int64_t d = 0; d < call_.head_dim; ++d) to[d] = cached_[k][d * call_.key.dim];
+    }
   }
 
   // A block of values [the even, then the odd elements][key] from element d on, zero for keys outside [begin, end);
@@ -115,9 +116,9 @@ class TilePrefill {
     Vec even[kLanes], odd[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      const BitVec one = row(key + 2 * i), next = row(key + 2 * i + 1);
-      even[i] = (Vec)((one & 0xffff) | next << 16);
-      odd[i] = (Vec)(one >> 16 | (next & 0xffff0000));
+      const Chunk pairs = pair_rows(row(key + 2 * i), row(key + 2 * i + 1));
+      even[i] = pairs.first;
+      odd[i] = pairs.second;
     }
     transpose(even);
     transpose(odd);

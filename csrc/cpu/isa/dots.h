@@ -62,8 +62,7 @@ struct BFloat16Sum {
   static constexpr int kRows = 2;
   using Weight = uint32_t;
   PAGED_INLINE Chunk load_rows(const BFloat16* first, const BFloat16* second) {
-    const BitVec a = load_as<BitVec>(first), b = load_as<BitVec>(second);
-    return {(Vec)((a & 0xffff) | b << 16), (Vec)(a >> 16 | (b & 0xffff0000))};
+    return pair_rows(load_as<BitVec>(first), load_as<BitVec>(second));
   }
   PAGED_INLINE Vec multiply_add(Vec sum, Vec values, uint32_t weights) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)values, (__m512bh)_mm512_set1_epi32(int(weights)));
